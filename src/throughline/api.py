@@ -1,0 +1,298 @@
+"""Every command as a Python function of the same name and arguments.
+
+Functions that compute take a run folder (or a study file to start from), a device, and `say`, which receives a line of news now
+and then. They return records; nothing is printed.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from throughline.errors import InputError
+from throughline.records import Analysis, Comparison, LayerQuality, Trace, TransferInfo
+from throughline.run_dir import RunDir
+from throughline.study import Study, load_study
+
+Say = Callable[[str], None]
+PRESETS = ("commented", "seed98")
+
+
+def ignore(progress: Any) -> None:
+    """Pay progress no attention."""
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def best_device() -> str:
+    """cuda, mps or cpu: the best there is. Asked only by commands that compute."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load(run: str | Path) -> RunDir:
+    """A run folder, opened for reading; InputError if it is none."""
+    return RunDir.open(run)
+
+
+def init(path: str | Path = "study.yaml", preset: str = "commented") -> Path:
+    """Write a study file to start from; InputError if `path` exists."""
+    if preset not in PRESETS:
+        raise InputError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path} exists; give another name")
+    shutil.copyfile(str(files("throughline") / "presets" / f"{preset}.yaml"), path)
+    return path
+
+
+def train(
+    study: str | Path,
+    out: str | Path | None = None,
+    settings: list[str] | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+    progress: Callable[[Any], None] = ignore,
+) -> RunDir:
+    """Train the dictionaries of a study; returns the run. InputError if `out` has a run already, unless `resume`."""
+    run = _start(load_study(study, settings), out, resume)
+    with _session(run, device, say) as session:
+        from throughline.pipeline import train_models
+
+        train_models(session, progress)
+    return run
+
+
+def evaluate(run: str | Path | RunDir, device: str | None = None, say: Say = silent) -> list[LayerQuality]:
+    """Quality of every layer's dictionary on held-out text."""
+    with _session(run, device, say) as session:
+        from throughline.pipeline import evaluate_models
+
+        _require_trained(session)
+        return evaluate_models(session)
+
+
+def features(
+    run: str | Path | RunDir, force: bool = False, device: str | None = None, say: Say = silent
+) -> dict[str, pl.DataFrame]:
+    """Statistics of every feature, by model (FEATURE_COLUMNS). GateError if a dictionary failed the gate, unless `force`."""
+    with _session(run, device, say) as session:
+        from throughline.pipeline import describe_models
+
+        _require_evaluated(session, force)
+        describe_models(session)
+        return {spec.name: session.run.table(spec.name, "features") for spec in session.study.models}
+
+
+def label(
+    run: str | Path | RunDir, force: bool = False, device: str | None = None, say: Say = silent
+) -> dict[str, pl.DataFrame]:
+    """Labels of every feature with their scores, by model (LABEL_COLUMNS)."""
+    with _session(run, device, say) as session:
+        from throughline.pipeline import label_models
+
+        _require_evaluated(session, force)
+        label_models(session)
+        return {spec.name: session.run.table(spec.name, "labels") for spec in session.study.models}
+
+
+def transfer(
+    run: str | Path | RunDir,
+    metric: str | None = None,
+    force: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+) -> list[TransferInfo]:
+    """Transfer matrices of the study's metrics, or of one."""
+    with _session(run, device, say) as session:
+        from throughline.pipeline import transfer_models
+
+        _require_evaluated(session, force)
+        return transfer_models(session, [metric] if metric else None)
+
+
+def report(run: str | Path | RunDir) -> Path:
+    """Figures, analysis and the one-file page; returns the page. Needs no torch."""
+    from throughline.report import write_report
+
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    _analyze(opened)
+    return write_report(opened)
+
+
+def trace(
+    run: str | Path | RunDir,
+    prompt: str,
+    model: str | None = None,
+    force: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+) -> Trace:
+    """One prompt followed through every layer of a model."""
+    with _session(run, device, say) as session:
+        from throughline import pipeline
+
+        return pipeline.trace(session, prompt, model, force)
+
+
+def compare(
+    run: str | Path | RunDir,
+    prompt: str,
+    models: list[str] | None = None,
+    force: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+) -> Comparison:
+    """One prompt in several models (all of the run, unless named)."""
+    with _session(run, device, say) as session:
+        from throughline import pipeline
+
+        return pipeline.compare(session, prompt, models, force)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `run` made."""
+
+    run: RunDir
+    page: Path
+    traces: list[Trace]
+    comparisons: list[Comparison]
+
+
+def run(
+    study: str | Path,
+    out: str | Path | None = None,
+    settings: list[str] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+    progress: Callable[[Any], None] = ignore,
+) -> Finished:
+    """Train, evaluate, describe, label, relate, trace and report; what is done from the same settings is skipped."""
+    folder = _start(load_study(study, settings), out, resume)
+    with _session(folder, device, say) as session:
+        from throughline import pipeline
+
+        pipeline.train_models(session, progress)
+        pipeline.evaluate_models(session)
+        session.require_gate(force)
+        pipeline.describe_models(session)
+        pipeline.label_models(session)
+        pipeline.transfer_models(session)
+        pipeline.trace_prompts(session, force)
+        say("writing the report")
+    return Finished(folder, report(folder), folder.traces(), folder.comparisons())
+
+
+def demo(
+    out: str | Path = "runs/demo",
+    short: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+    progress: Callable[[Any], None] = ignore,
+) -> Finished:
+    """The whole road on the four bundled models, offline. `short` takes one model and a fifth of the text."""
+    preset = str(files("throughline") / "presets" / "demo.yaml")
+    settings = list(SHORT_DEMO) if short else []
+    return run(preset, out, settings, resume=True, device=device, say=say, progress=progress)
+
+
+SHORT_DEMO = (
+    "models=[zoo/pythia, zoo/gpt2]",
+    "training.tokens=60000",
+    "evaluation.tokens=10000",
+    "evaluation.sample_tokens=5000",
+    "evaluation.spliced_tokens=3000",
+)
+
+
+def status(run: str | Path | RunDir) -> dict[str, Any]:
+    """What is done, running, waiting or failed: for each model its layers' states and, while it trains, where it is."""
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    study, manifest = opened.study(), opened.manifest()
+    progress = opened.read_json("progress.json") if opened.exists("progress.json") else {}
+    models: dict[str, Any] = {}
+    for spec in study.models:
+        name = spec.name
+        steps = {stage: f"{stage}/{name}" in manifest for stage in ("train", "evaluate", "features", "label")}
+        where = progress.get(name)
+        if steps["train"]:
+            state = "done"
+        elif where and time.time() - where["at"] < STALE_SECONDS:
+            state = "running"
+        else:
+            state = "stopped" if where else "waiting"
+        quality = {q.layer: q.model_dump() for q in opened.quality(name)} if steps["evaluate"] else {}
+        models[name] = {"state": state, "steps": steps, "progress": where, "quality": quality}
+    return {"name": study.name, "folder": str(opened.root), "models": models, "forced": opened.info().forced}
+
+
+STALE_SECONDS = 60.0
+
+
+def _start(study: Study, out: str | Path | None, resume: bool) -> RunDir:
+    folder = Path(out) if out else Path("runs") / study.name
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "run.json").exists():
+            raise InputError(f"{folder} is not empty and not a run folder; give another with --out")
+        if not resume:
+            raise InputError(f"{folder} holds a run already; continue it with --resume, or give another with --out")
+    from throughline.pipeline import check_study
+
+    check_study(study)
+    return RunDir.create(folder, study)
+
+
+@contextmanager
+def _session(run: str | Path | RunDir, device: str | None, say: Say) -> Iterator[Any]:
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    from throughline.session import Session
+
+    yield Session(opened, device or best_device(), say)
+
+
+def _require_trained(session: Any) -> None:
+    missing = [s.name for s in session.study.models if f"train/{s.name}" not in session.run.manifest()]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing)} not trained yet; `throughline train STUDY --out {session.run.root} --resume` does it"
+        )
+
+
+def _require_evaluated(session: Any, force: bool) -> None:
+    from throughline.pipeline import evaluate_models
+
+    _require_trained(session)
+    evaluate_models(session)
+    session.require_gate(force)
+
+
+def _analyze(run: RunDir) -> Analysis | None:
+    from throughline.analyzing import analyze_run
+    from throughline.records import best_labels
+
+    study = run.study()
+    names = [spec.name for spec in study.models]
+    if not all(run.has_table(name, "labels") for name in names):
+        return None
+    labels = {name: best_labels(run.table(name, "labels"), study.features.bar) for name in names}
+    tables = {name: run.table(name, "features") for name in names}
+    results = [run.transfer(info.metric, info.source, info.target) for info in run.transfers()]
+    analysis = analyze_run(results, tables, labels, seed=study.training.seed)
+    run.write_record("analysis.json", analysis)
+    return analysis
+

@@ -1,0 +1,205 @@
+"""What commands print: tables and the text reading of a trace. Colour only on a terminal; text from data is never markup."""
+
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from throughline.records import ActiveFeature, Comparison, LayerQuality, Trace, TransferResult, best_labels
+
+PLAIN_WIDTH = 118
+
+
+def console() -> Console:
+    """Standard output; of a readable width where it is no terminal."""
+    found = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    return found if found.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PLAIN_WIDTH)
+
+
+def finished(done: Any, model: str | None = None) -> None:
+    """What a whole run made: quality, a trace, and where the page is."""
+    out = console()
+    rows = [q for spec in done.run.study().models for q in done.run.quality(spec.name)]
+    qualities(rows)
+    chosen = next((t for t in done.traces if t.model == model), done.traces[0] if done.traces else None)
+    if chosen:
+        out.print()
+        trace(chosen)
+    out.print()
+    out.print(f"report: {done.page}", soft_wrap=True)
+
+
+def qualities(rows: list[LayerQuality]) -> None:
+    """Quality by model and layer, with the gate."""
+    columns = ("model", "layer", "FVU", "L0", "dead", "ΔCE", "CE recovered", "KL", "answers kept", "gate")
+    table = Table(*columns, box=None, pad_edge=False)
+    for q in rows:
+        kept = "–" if q.answers_kept is None else f"{q.answers_kept:.1%} of {q.num_answers}"
+        table.add_row(
+            q.model,
+            str(q.layer),
+            f"{q.fvu:.4f}",
+            f"{q.l0:.1f}",
+            f"{q.dead:.1%}",
+            f"{q.delta_ce:+.4f}",
+            f"{q.ce_loss_score:.4f}",
+            f"{q.kl_div_with_sae:.4f}",
+            kept,
+            "pass" if q.passed else "; ".join(q.gate),
+        )
+    console().print(table)
+    if rows:
+        console().print(
+            f"on {rows[0].num_tokens:,} held-out tokens, spliced into the model on {rows[0].num_spliced_tokens:,}"
+        )
+
+
+def features(tables: dict[str, pl.DataFrame]) -> None:
+    """How many features live, how dense they are, by model and layer."""
+    table = Table("model", "layer", "features", "live", "median density", "dense (> 10 %)", box=None, pad_edge=False)
+    for model, frame in tables.items():
+        for (layer,), part in frame.group_by(["layer"], maintain_order=True):
+            live = part.filter(pl.col("num_active") > 0)
+            density = live["density"].median() if len(live) else 0.0
+            dense = int((part["density"] > 0.1).sum())
+            table.add_row(model, str(layer), str(len(part)), str(len(live)), f"{density:.4f}", str(dense))
+    console().print(table)
+
+
+def coverage(tables: dict[str, pl.DataFrame], bar: float) -> None:
+    """How many labelled features reach the bar, by model and layer, with the baselines'."""
+    columns = ("model", "layer", "labelled", f"F1 ≥ {bar}", "F1 ≥ 0.9", "beat neuron and untrained")
+    table = Table(*columns, box=None, pad_edge=False)
+    for model, frame in tables.items():
+        for (layer,), part in frame.group_by(["layer"], maintain_order=True):
+            best = best_labels(part, 0.0)
+            baseline = pl.max_horizontal("neuron_f1", "untrained_f1")
+            table.add_row(
+                model,
+                str(layer),
+                str(len(best)),
+                str(int((best["f1"] >= bar).sum())),
+                str(int((best["f1"] >= 0.9).sum())),
+                str(len(best.filter((pl.col("f1") >= bar) & (pl.col("f1") > baseline)))),
+            )
+    console().print(table)
+
+
+def transfers(results: list[TransferResult]) -> None:
+    """Each pair of models in a row: mean over layer pairs, null, ceiling and n."""
+    table = Table("metric", "from", "to", "mean", "null", "ceiling", "tokens", "coverage", box=None, pad_edge=False)
+    for result in results:
+        value = result.arrays["value"]
+        off = ~_diagonal(result)
+        table.add_row(
+            result.info.metric,
+            result.info.source,
+            result.info.target,
+            _mean(value[off]),
+            _mean(result.arrays["null"][off]) if "null" in result.arrays else "–",
+            _mean(result.arrays["ceiling"][off]) if "ceiling" in result.arrays else "–",
+            f"{result.info.num_tokens:,}",
+            f"{result.info.coverage:.0%}",
+        )
+    console().print(table)
+    console().print("mean over pairs of different layers; `throughline report` draws the matrices")
+
+
+def status(found: dict[str, Any]) -> None:
+    """The grid of a run."""
+    out = console()
+    out.print(f"{found['name']}  ({found['folder']})" + ("  gate overridden" if found["forced"] else ""), soft_wrap=True)
+    table = Table("model", "layers", "train", "evaluate", "features", "label", "now", box=None, pad_edge=False)
+    for name, model in found["models"].items():
+        where, steps = model["progress"], model["steps"]
+        now = ""
+        if where and model["state"] != "done":
+            now = f"step {where['step']}/{where['num_steps']}, {where['tokens_per_second']:,.0f} tokens/s"
+            now += f", {where['eta_seconds']:.0f} s left" if model["state"] == "running" else ", stopped"
+        layers = str(len(where["layers"])) if where else "–"
+        done = ["done" if steps[s] else "–" for s in ("evaluate", "features", "label")]
+        table.add_row(name, layers, model["state"], *done, now)
+    out.print(table)
+
+
+def trace(found: Trace) -> None:
+    """The layered reading of one prompt: the answer first, then the features of each layer with their effects."""
+    out = console()
+    out.print(Text(f'Input: "{found.prompt}"'.ljust(60) + f"model {found.model}"), soft_wrap=True)
+    if found.correct is False:
+        out.print(Text(f'The answer is wrong: "{found.answer}", right is "{found.expected}".', style="bold red"))
+    else:
+        right = " (right)" if found.correct else ""
+        out.print(Text(f'Answer "{found.answer}"{right}  p = {found.answer_probability:.2f}'), soft_wrap=True)
+    if found.forced:
+        out.print("Dictionaries failed the quality gate; this was made with --force.")
+    for reading in found.layers:
+        out.print()
+        head = f"Layer {reading.layer}".ljust(10)
+        for feature in reading.features:
+            out.print(Text(head + feature_line(found, feature)), soft_wrap=True)
+            head = " " * 10
+        if not reading.features:
+            out.print(head + "no feature is active")
+    out.print()
+    prediction = "" if found.prediction_r is None else f"; predicted and measured agree with r = {found.prediction_r:.2f}"
+    out.print(
+        f"if off: measured change of the answer's logit lead ({found.score:+.1f}) when the feature is set to {found.off}"
+        f"; {found.num_verified} measured{prediction}; a random active feature changes it by {found.random_effect:.2f}.",
+    )
+    for note in found.notes:
+        out.print(f"note: {note}")
+
+
+def feature_line(found: Trace, feature: ActiveFeature) -> str:
+    """`#45    at " 15"   operand 1 tens = 1     0.85  label F1 0.97  if off: -0.02`."""
+    token = repr(found.tokens[feature.position][1])
+    if feature.label is None:
+        words, score = "unlabelled: " + ", ".join(map(repr, feature.top_tokens[:3])), " " * 13
+    else:
+        words, score = feature.label.text, f"label F1 {feature.label.f1:.2f}"
+    words = words if len(words) <= 44 else words[:43] + "…"
+    said = f'  answers "{feature.answer_if_off}"' if feature.answer_if_off != found.answer else ""
+    return (
+        f"#{feature.feature:<6}at {token:<12} {words:<45}{feature.activation:7.2f}  {score}  "
+        f"if off: {feature.effect:+.2f}{said}"
+    )
+
+
+def comparison(found: Comparison) -> None:
+    """Models side by side on one prompt, and which of their features have counterparts."""
+    out = console()
+    out.print(Text(f'Input: "{found.prompt}"'), soft_wrap=True)
+    columns = ("model", "answer", "p", "universal", "shared", "specific", "all features: universal", "shared", "specific")
+    table = Table(*columns, box=None, pad_edge=False)
+    for model in found.models:
+        mine, all_features = found.shares[model], found.all_shares[model]
+        wrong = " (wrong)" if found.correct[model] is False else ""
+        cells = [f"{shares[s]:.0%}" for shares in (mine, all_features) for s in ("universal", "shared", "specific")]
+        table.add_row(model, f'"{found.answers[model]}"{wrong}', f"{found.probabilities[model]:.2f}", *cells)
+    out.print(table)
+    out.print(f"partner: best correlation over the other model's layers, above the {found.threshold}")
+    for model in found.models:
+        out.print()
+        out.print(Text(model))
+        mine = sorted((f for f in found.features if f.model == model), key=lambda f: -abs(f.effect))
+        for feature in mine[:8]:
+            partners = ", ".join(f"{m} {p[0]}#{p[1]} r {p[2]:.2f}" for m, p in feature.partners.items())
+            line = f"  layer {feature.layer} #{feature.feature:<5} {feature.label[:40]:<41} {feature.effect:+.2f}  "
+            out.print(Text(line + f"{feature.standing:<10} {partners}"), soft_wrap=True)
+
+
+def _diagonal(result: TransferResult) -> Any:
+    import numpy as np
+
+    info = result.info
+    same = np.equal.outer(np.array(info.source_layers), np.array(info.target_layers))
+    return same & (info.source == info.target)
+
+
+def _mean(values: Any) -> str:
+    import numpy as np
+
+    return f"{np.nanmean(values):.3f}" if np.isfinite(values).any() else "–"

@@ -1,0 +1,102 @@
+"""A text as a model's dictionaries read it: which features are active at which token, for every layer, sparse.
+
+Feature statistics, labels and transfer are all computed from codes, so each text passes through the model once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from throughline.dictionaries import Dictionary
+from throughline.harvesting import harvest
+from throughline.models import LanguageModel
+from throughline.records import Document
+from throughline.tokens import TokenRows
+
+BATCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The kept tokens of a text, N of them in reading order, and their features by layer as a sparse [N, F] matrix.
+
+    `documents_N` numbers the documents, `starts_N` and `ends_N` are characters, `kinds_N` index TOKEN_KINDS.
+    """
+
+    rows: TokenRows
+    documents: Sequence[Document]
+    ids_N: np.ndarray
+    documents_N: np.ndarray
+    positions_N: np.ndarray
+    starts_N: np.ndarray
+    ends_N: np.ndarray
+    kinds_N: np.ndarray
+    layers: dict[int, sp.csr_array]
+    residual_LND: np.ndarray | None = None  # the activations themselves, where asked for
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.ids_N)
+
+    @cached_property
+    def columns(self) -> dict[int, sp.csc_array]:
+        """The same matrices by column, for reading one feature's tokens."""
+        return {layer: matrix.tocsc() for layer, matrix in self.layers.items()}
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        """The characters of each token."""
+        spans = zip(self.documents_N, self.starts_N, self.ends_N, strict=True)
+        return [self.documents[d].text[start:end] for d, start, end in spans]
+
+
+def encode_text(
+    model: LanguageModel,
+    dictionaries: dict[int, Dictionary],
+    rows: TokenRows,
+    documents: Sequence[Document],
+    keep_residuals: bool = False,
+) -> Codes:
+    """The codes of `rows`, which hold `documents`."""
+    layers = list(dictionaries)
+    parts: dict[int, list[sp.csr_array]] = {layer: [] for layer in layers}
+    residuals = []
+    for _, x_LND in harvest(model, rows.batches(BATCH_ROWS), layers):
+        for layer, x_ND in zip(layers, x_LND, strict=True):
+            parts[layer].append(encode_csr(dictionaries[layer], x_ND))
+        if keep_residuals:
+            residuals.append(x_LND.cpu().numpy())
+    matrices = {layer: sp.csr_array(sp.vstack(p, format="csr")) for layer, p in parts.items()}
+    keep, order = rows.keep, reading_order(rows)
+    return Codes(
+        rows,
+        documents,
+        ids_N=rows.ids[keep][order],
+        documents_N=rows.documents[keep][order],
+        positions_N=rows.positions[keep][order],
+        starts_N=rows.starts[keep][order],
+        ends_N=rows.ends[keep][order],
+        kinds_N=rows.kinds[keep][order],
+        layers={layer: matrix[order] for layer, matrix in matrices.items()},
+        residual_LND=np.concatenate(residuals, axis=1)[:, order] if keep_residuals else None,
+    )
+
+
+def reading_order(rows: TokenRows) -> np.ndarray:
+    """The order that brings the kept tokens of packed rows, taken row by row, into that of the documents."""
+    keep = rows.keep
+    return np.lexsort((rows.positions[keep], rows.starts[keep], rows.documents[keep]))
+
+
+@torch.no_grad()
+def encode_csr(dictionary: Dictionary, x_ND: torch.Tensor) -> sp.csr_array:
+    """Features of activations as a sparse [N, F] matrix."""
+    tokens, features, values = (part.cpu().numpy() for part in dictionary.encode_sparse(x_ND))
+    starts = np.searchsorted(tokens, np.arange(len(x_ND) + 1))
+    shape = (len(x_ND), dictionary.d_sae)
+    return sp.csr_array((values.astype(np.float32), features.astype(np.int32), starts.astype(np.int32)), shape=shape)

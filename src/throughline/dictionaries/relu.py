@@ -1,0 +1,46 @@
+"""ReLU with an L1 penalty, weighted by decoder norms (Anthropic's April 2024 update).
+
+    loss = (|x - x_hat|^2 + lambda * sum_f f |W_dec,f|) / D        lambda grows from 0 over the first tenth
+"""
+
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from throughline.dictionaries.stack import Stack, StepLoss
+
+WARM_UP = 0.1
+
+
+class ReLU:
+    """Options: none at inference; the L1 coefficient of each layer in training."""
+
+    name = "relu"
+
+    @staticmethod
+    def activate(pre_NF: Float[Tensor, "N F"], options: dict[str, Any]) -> Float[Tensor, "N F"]:
+        """Negative entries become zero."""
+        return pre_NF.relu()
+
+    @staticmethod
+    def options(**_: Any) -> dict[str, Any]:
+        """Nothing: the penalty matters in training only."""
+        return {}
+
+    @staticmethod
+    def loss(
+        stack: Stack,
+        x_LND: Float[Tensor, "L N D"],
+        dead_LF: Bool[Tensor, "L F"],
+        progress: float,
+        l1_L: Float[Tensor, "L"],
+        **_: Any,
+    ) -> StepLoss:
+        """Loss of every layer on centred, scaled activations."""
+        f_LNF = stack.pre_activations(x_LND).relu()
+        x_hat_LND = f_LNF @ stack.W_dec_LFD + stack.b_dec_LD[:, None]
+        penalty_L = (f_LNF * stack.W_dec_LFD.norm(dim=-1)[:, None]).sum(-1).mean(1)
+        error_L = (x_LND - x_hat_LND).square().sum(-1).mean(1)
+        loss_L = (error_L + l1_L * min(1.0, progress / WARM_UP) * penalty_L) / x_LND.shape[-1]
+        return StepLoss(loss_L, x_hat_LND, (f_LNF > 0).sum(1))

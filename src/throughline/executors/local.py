@@ -1,0 +1,25 @@
+"""Jobs in this process, one after another."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from throughline.errors import ThroughlineError, TrainingError
+
+J = TypeVar("J")
+
+
+def run_jobs(jobs: Sequence[J], work: Callable[[J], None], name_of: Callable[[J], str]) -> None:
+    """Do every job. One that fails of its own does not keep the others from being done; all failures are named at the end.
+
+    Raises the failure itself if there is one, TrainingError naming all if there are more.
+    """
+    failures: list[tuple[str, ThroughlineError]] = []
+    for job in jobs:
+        try:
+            work(job)
+        except ThroughlineError as error:
+            failures.append((name_of(job), error))
+    if len(failures) == 1:
+        raise failures[0][1]
+    if failures:
+        raise TrainingError("; ".join(f"{name}: {error}" for name, error in failures))

@@ -1,0 +1,7 @@
+"""Language models: opened from a hub id, a folder or the zoo; read and edited at the stream after every block."""
+
+from throughline.models.families import FAMILIES, Family
+from throughline.models.language_model import Inputs, LanguageModel, ModelOutput
+from throughline.models.opening import check_model, open_model
+
+__all__ = ["FAMILIES", "Family", "Inputs", "LanguageModel", "ModelOutput", "check_model", "open_model"]

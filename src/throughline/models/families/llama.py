@@ -1,0 +1,5 @@
+"""Llama: RMSNorm."""
+
+from throughline.models.families import Family
+
+FAMILY = Family("llama", centres=False)

@@ -1,0 +1,154 @@
+"""Opening a model: checked before it is read, from safetensors only, without remote code, and in silence."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as hf_logging
+
+from throughline.errors import InputError
+from throughline.models.families import FAMILIES
+from throughline.models.language_model import LanguageModel, check_layers, quiet_transformers
+from throughline.study import ModelSpec
+from throughline.zoo import resolve_path
+
+PICKLED = ("*.bin", "*.pt", "*.pth")
+
+
+def open_model(spec: ModelSpec, device: str = "cpu") -> LanguageModel:
+    """The model of `spec` on `device`. Safetensors only, no remote code; InputError, one line, for what is missing."""
+    path, config = _find(spec)
+    with _quiet():
+        hf = _load_weights(path, spec, str(config["model_type"]))
+        tokenizer = _load_tokenizer(path, spec.revision)
+    return LanguageModel(spec.name, hf, tokenizer, device)
+
+
+def check_model(spec: ModelSpec) -> None:
+    """Refuse what `open_model` would refuse for what lies there, and layers that the model has not, without reading weights."""
+    path, config = _find(spec)
+    known = AutoConfig.for_model(**config) if "model_type" in config else None
+    depth = getattr(known, "num_hidden_layers", None)
+    if isinstance(depth, int):
+        check_layers(spec.name, spec.layers, depth)
+    with _quiet():
+        _load_tokenizer(path, spec.revision)
+
+
+def _find(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+    """Where the model is, and its configuration."""
+    path = resolve_path(spec.path)
+    folder = Path(path).expanduser()
+    if folder.exists() or path.startswith((".", "/", "~")):
+        _check_folder(folder)
+        path = str(folder)
+    with _quiet():
+        config = _said_in_one_line(path, PreTrainedConfig.get_config_dict, path, revision=spec.revision)[0]
+    _check_config(path, config)
+    return path, config
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(
+            f"model folder {folder} does not exist; give a folder, a hub id such as openai-community/gpt2, or zoo/NAME"
+        )
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model folder {folder} has no config.json, so it is not a Hugging Face model")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = next((file.name for pattern in PICKLED for file in sorted(folder.glob(pattern))), None)
+    if pickled:
+        raise InputError(
+            f"model folder {folder} has pickled weights only ({pickled}), which can run code when read; "
+            f"convert to safetensors"
+        )
+    raise InputError(f"model folder {folder} has config.json but no weights (*.safetensors)")
+
+
+def _check_config(path: str, config: dict[str, Any]) -> None:
+    if "auto_map" in config:
+        raise InputError(
+            f"model {path} brings its own code (auto_map in config.json) and remote code is off; use a version without"
+        )
+    model_type, classes = config.get("model_type"), config.get("architectures") or []
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type or "")
+    causal = any(name == own or name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
+    if own is None or (classes and not causal):
+        found = ", ".join(classes) or f"model type {model_type!r}"
+        raise InputError(f"model {path} is not a causal language model (found {found})")
+
+
+def _load_weights(path: str, spec: ModelSpec, model_type: str) -> PreTrainedModel:
+    forced = FAMILIES.load(model_type).attn_implementation if model_type in FAMILIES.names() else None
+    hf, report = _said_in_one_line(
+        path,
+        AutoModelForCausalLM.from_pretrained,
+        path,
+        revision=spec.revision,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=forced,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"weights of model {path} lack {len(missing)} tensors, such as {missing[0]}")
+    return hf
+
+
+def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"model {path} has no tokenizer that can be opened: {_first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made from nothing, since no file was there
+        raise InputError(f"model {path} has no tokenizer (tokenizer.json)")
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"model {path} has a slow tokenizer, which knows no character offsets; expected tokenizer.json"
+        )
+    return tokenizer
+
+
+def _said_in_one_line(path: str, load: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """`load(...)`, whatever it raises turned into one line."""
+    try:
+        return load(*args, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, … for bad files
+        hint = (
+            ""
+            if Path(path).is_dir()
+            else " (hub ids need the network or the hub's cache; a local folder works without)"
+        )
+        raise InputError(f"model {path} cannot be opened: {_first_line(error)}{hint}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, warnings or retry messages of transformers and the hub's client."""
+    hub, bars = logging.getLogger("huggingface_hub"), hf_logging.is_progress_bar_enabled()
+    level = hub.level
+    hub.setLevel(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hub.setLevel(level)
+        if bars:
+            hf_logging.enable_progress_bar()

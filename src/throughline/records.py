@@ -1,0 +1,304 @@
+"""What travels between the stages: frozen records that become JSON, Parquet or safetensors, and no torch.
+
+`run_dir` writes and reads them; figures, report and page need nothing else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something true of the characters start to end of a text: a name and its value, such as `carry` = 1."""
+
+    name: str
+    value: int | str | bool
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `answer_start` is the character at which the answer begins, if the text has one."""
+
+    text: str
+    answer_start: int | None = None
+    facts: tuple[Fact, ...] = ()
+    kind: str = ""
+
+
+class Record(BaseModel):
+    """A frozen JSON record, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerQuality(Record):
+    """How well one layer's dictionary stands in for the residual stream, on held-out text.
+
+    Names as in SAEBench core where it has one. `fvu` = sum|x - x_hat|^2 / sum|x - mean|^2 with the global mean. CE and KL in
+    nats per token. `num_` counts say over how many tokens, answers or features a number was taken.
+    """
+
+    model: str
+    layer: int
+    architecture: str
+    d_model: int
+    d_sae: int
+    num_tokens: int
+    fvu: float
+    fvu_by_position: list[float]  # first, second, … eighth of the context
+    fvu_within_kind: float  # variance left after the mean of each kind of token is taken out
+    explained_variance: float  # 1 - fvu
+    explained_variance_legacy: float  # mean over tokens of 1 - |x - x_hat|^2 / |x - mean|^2
+    l0: float
+    dead: float  # share of features that never fire on the num_tokens held-out tokens
+    dense: float  # share of features that fire on more than a tenth of the tokens
+    cossim: float
+    l2_ratio: float
+    relative_reconstruction_bias: float
+    num_spliced_tokens: int
+    ce_loss_without_sae: float
+    ce_loss_with_sae: float
+    ce_loss_with_ablation: float  # the layer's residual stream set to zero
+    ce_loss_with_mean_ablation: float
+    ce_loss_score: float  # (CE zero-ablated - CE with SAE) / (CE zero-ablated - CE without)
+    ce_loss_score_mean: float  # the same against mean ablation
+    delta_ce: float
+    kl_div_with_sae: float
+    num_answers: int  # answers the model gives exactly without the dictionary
+    answers_kept: float | None  # share of those still given with it; None where the text has no answers
+    gate: list[str]  # the failed conditions, empty if it passes
+
+    @property
+    def passed(self) -> bool:
+        """True if the layer's dictionary passes the quality gate."""
+        return not self.gate
+
+
+FEATURE_COLUMNS = {
+    "layer": pl.Int32,
+    "feature": pl.Int32,
+    "density": pl.Float64,  # share of held-out tokens on which it fires
+    "num_active": pl.Int64,
+    "num_tokens": pl.Int64,
+    "mean_active": pl.Float64,  # mean activation where it fires
+    "max": pl.Float64,
+    "top_tokens": pl.List(pl.String),  # tokens with the largest share of its activation, best first
+    "top_token_share": pl.Float64,  # share of its activation on the first of them
+    "promoted": pl.List(pl.String),  # tokens its decoder row raises most through the unembedding
+    "suppressed": pl.List(pl.String),
+    "kind_means": pl.List(pl.Float64),  # mean activation over held-out tokens of each of TOKEN_KINDS
+}
+EXAMPLE_COLUMNS = {
+    "layer": pl.Int32,
+    "feature": pl.Int32,
+    "stratum": pl.String,  # "top", or the quantile of activation it stands for, such as "0.50"
+    "rank": pl.Int32,
+    "value": pl.Float64,
+    "document": pl.Int64,
+    "tokens": pl.List(pl.String),
+    "values": pl.List(pl.Float64),
+    "focus": pl.Int32,  # index in `tokens` of the token with `value`
+}
+LABEL_COLUMNS = {
+    "layer": pl.Int32,
+    "feature": pl.Int32,
+    "label": pl.String,
+    "source": pl.String,  # which labeler
+    "f1": pl.Float64,  # on held-out text; feature, threshold and predicate were chosen on other text
+    "precision": pl.Float64,
+    "recall": pl.Float64,
+    "threshold": pl.Float64,
+    "num_positive": pl.Int64,  # held-out tokens of which the label is true
+    "num_tokens": pl.Int64,
+    "base_f1": pl.Float64,  # F1 of always saying yes
+    "neuron_f1": pl.Float64,  # best single coordinate of the residual stream
+    "untrained_f1": pl.Float64,  # best feature of an untrained dictionary of the same shape
+}
+def best_labels(labels: pl.DataFrame, bar: float) -> pl.DataFrame:
+    """The best-scored label of each feature, if it reaches `bar`."""
+    reached = labels.filter(pl.col("f1") >= bar)
+    return reached.sort("layer", "feature", "f1", "source", descending=[False, False, True, False]).unique(
+        ["layer", "feature"], keep="first", maintain_order=True
+    )
+
+
+TOKEN_KINDS = ("number", "word", "punctuation", "space", "other")
+
+
+class TransferInfo(Record):
+    """What a transfer result's arrays mean. Rows are layers of `source`, columns layers of `target`."""
+
+    metric: str
+    source: str
+    target: str
+    source_layers: list[int]
+    target_layers: list[int]
+    quantity: str  # what `value` is, in words
+    null: str | None  # what `null` is, in words; None where the metric has none
+    ceiling: str | None
+    num_tokens: int
+    num_documents: int
+    coverage: float  # share of the source's tokens with an aligned partner in the target
+    seed: int
+    details: dict[str, str | int | float] = {}
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """Arrays [source layer, target layer] named value, low, high (95 % bootstrap interval), null, ceiling; and a metric's own.
+
+    `matching` adds partner and correlation [source layer, target layer, source feature], threshold [source layer, target
+    layer, source feature] and live [source layer, source feature].
+    """
+
+    info: TransferInfo
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Token(NamedTuple):
+    """One token of a prompt as the model sees it; start and end are characters of the text (equal for special tokens)."""
+
+    id: int
+    text: str
+    start: int
+    end: int
+
+
+class Label(Record):
+    """Words for a feature, where they come from, and the held-out F1 with its baselines."""
+
+    text: str
+    source: str
+    f1: float
+    precision: float
+    recall: float
+    num_positive: int
+    base_f1: float
+    neuron_f1: float
+    untrained_f1: float
+
+
+class ActiveFeature(Record):
+    """One feature at one position of a traced prompt.
+
+    `effect` is the measured change of the answer score (logits) when the feature is set to `off_value` at this position in the
+    real model; `predicted_effect` is the same by the gradient.
+    """
+
+    layer: int
+    position: int
+    feature: int
+    activation: float
+    off_value: float
+    effect: float
+    predicted_effect: float
+    answer_if_off: str
+    label: Label | None  # None: no label reached the bar
+    top_tokens: list[str]
+
+
+class LayerReading(Record):
+    """The features of one layer shown in a trace, most influential first, and what the dictionary leaves out."""
+
+    layer: int
+    features: list[ActiveFeature]
+    num_active: float  # features active per token, mean over the prompt
+    fvu: float  # of the dictionary on this prompt's tokens
+    error_effect: float  # change of the answer score when the reconstruction error is left out at all positions
+
+
+class Trace(Record):
+    """One prompt followed through every layer of one model."""
+
+    version: Literal[1] = 1
+    model: str
+    prompt: str
+    tokens: list[tuple[int, str, int, int]]  # prompt and answer: id, text, start, end
+    num_prompt_tokens: int
+    answer: str
+    answer_probability: float
+    complete: bool  # False if the answer was cut at the longest length allowed
+    expected: str | None  # the right answer, where one is known
+    correct: bool | None
+    score: float  # mean over the answer's tokens of logit minus runner-up's logit
+    runner_up: str  # what the model would have said instead at the first contested token
+    off: str  # what "off" means, in words
+    layers: list[LayerReading]
+    num_verified: int
+    prediction_r: float | None  # Pearson of predicted and measured effects over the shown features
+    random_effect: float  # mean |effect| of as many randomly drawn active features
+    forced: bool  # True if dictionaries failed the quality gate and the user insisted
+    notes: list[str]
+
+
+class SharedFeature(Record):
+    """A feature that is active on the prompt in one model, with its partners in the others."""
+
+    model: str
+    layer: int
+    position: int
+    feature: int
+    activation: float
+    effect: float
+    label: str
+    partners: dict[str, tuple[int, int, float]]  # other model -> layer, feature, correlation, if above the null
+    standing: Literal["universal", "shared", "specific"]
+
+
+class Comparison(Record):
+    """One prompt in several models. A feature is universal if it has a partner above the null in every other model."""
+
+    prompt: str
+    models: list[str]
+    answers: dict[str, str]
+    probabilities: dict[str, float]
+    correct: dict[str, bool | None]
+    features: list[SharedFeature]
+    shares: dict[str, dict[str, float]]  # model -> standing -> share of its shown features
+    all_shares: dict[str, dict[str, float]]  # the same over all live features, as the base rate
+    threshold: str
+    forced: bool
+    traces: dict[str, Trace]
+
+
+class Finding(Record):
+    """One computed sentence of the analysis, with the numbers it was made from."""
+
+    topic: str
+    sentence: str
+    beyond_null: bool
+    numbers: dict[str, float | int | str | None]
+
+
+class Analysis(Record):
+    """What the matrices say, sentence by sentence."""
+
+    num_tokens: int
+    seed: int
+    findings: list[Finding]
+
+
+class StepRecord(Record):
+    """One finished step of a run: what it was made from (`key`), when, and the checksums of its files."""
+
+    key: str
+    started: str
+    seconds: float
+    files: dict[str, str]
+
+
+class RunInfo(Record):
+    """Versions, hardware and steps of a run."""
+
+    name: str
+    versions: dict[str, str]
+    hardware: dict[str, str | int | float]
+    commit: str | None
+    created: str
+    forced: bool = False

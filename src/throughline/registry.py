@@ -1,0 +1,77 @@
+"""One table a kind of thing: a built-in is a module path and a name, a third party's is an entry point of the same form.
+
+    [project.entry-points."throughline.labelers"]
+    mine = "mypackage.mymodule:MyLabeler"
+
+Nothing is imported before it is asked for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from throughline.errors import InputError
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Names and where their implementations are (`module:attribute`)."""
+
+    kind: str
+    built_in: Mapping[str, str]
+
+    def names(self) -> list[str]:
+        """All names, the built-in ones first."""
+        return [*self.built_in, *(e.name for e in self._entry_points() if e.name not in self.built_in)]
+
+    def load(self, name: str) -> Any:
+        """The implementation called `name`, or the attribute of a `module:attribute` path; InputError if there is none."""
+        path = self.built_in.get(name) or next((e.value for e in self._entry_points() if e.name == name), None)
+        if path is None and ":" in name:
+            path = name
+        if path is None:
+            raise InputError(unknown(self.kind, name, self.names()))
+        module, _, attribute = path.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"{self.kind} {name!r} cannot be loaded from {path}: {error}") from error
+
+    def _entry_points(self) -> list[Any]:
+        return list(entry_points(group=f"throughline.{self.kind.replace(' ', '_')}s"))
+
+
+def unknown(kind: str, name: object, known: list[str]) -> str:
+    """`model 'phy' is unknown; did you mean 'phi'? (gpt2, phi, pythia)`."""
+    close = get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{kind} {name!r} is unknown; {hint}({', '.join(known)})"
+
+
+ARCHITECTURES = Registry(
+    "architecture",
+    {"topk": "throughline.dictionaries.topk:TopK", "relu": "throughline.dictionaries.relu:ReLU"},
+)
+METRICS = Registry(
+    "metric",
+    {
+        "reconstruction": "throughline.transfer.reconstruction:Reconstruction",
+        "matching": "throughline.transfer.matching:Matching",
+    },
+)
+LABELERS = Registry(
+    "labeler",
+    {"concepts": "throughline.labelers.concepts:Concepts", "tokens": "throughline.labelers.tokens:Tokens"},
+)
+FIGURES = Registry(
+    "figure",
+    {
+        "quality": "throughline.figures.quality:draw_quality",
+        "transfer": "throughline.figures.transfer:draw_transfer",
+        "all_models": "throughline.figures.transfer:draw_all_models",
+        "trace": "throughline.figures.trace:draw_trace",
+    },
+)

@@ -1,0 +1,83 @@
+"""The one-file page: `report/index.html` opens offline, and `report/figures/` holds the figures as png and svg."""
+
+import html
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from throughline.figures.quality import draw_quality
+from throughline.figures.style import save_figure
+from throughline.figures.trace import draw_trace
+from throughline.figures.transfer import draw_all_models, draw_transfer
+from throughline.records import TransferResult
+from throughline.report.contents import collect, collect_traces
+from throughline.run_dir import RunDir, digest_key, replacing
+
+
+def write_report(run: RunDir) -> Path:
+    """The path of `run`'s page, written from whatever results the run has, with its figures beside it.
+
+    Missing results are no error: their section names the command that makes them.
+    """
+    results = read_transfers(run)
+    write_figures(run, results)
+    path = run.report_folder() / "index.html"
+    with replacing(path) as temporary:
+        # A lone surrogate (half of a character that a token cuts in two) becomes its JSON escape.
+        temporary.write_bytes(render_page(collect(run, results)).encode("utf-8", "backslashreplace"))
+    return path
+
+
+def read_transfers(run: RunDir) -> list[TransferResult]:
+    """All transfer results of `run`, metrics and models in the study's order."""
+    study = run.study()
+    names = [model.name for model in study.models]
+    metrics = study.transfer.metrics
+
+    def place(known: list[str], name: str) -> tuple[int, str]:
+        return (known.index(name) if name in known else len(known), name)
+
+    infos = sorted(
+        run.transfers(), key=lambda i: (place(metrics, i.metric), place(names, i.source), place(names, i.target))
+    )
+    return [run.transfer(info.metric, info.source, info.target) for info in infos]
+
+
+def write_figures(run: RunDir, results: list[TransferResult]) -> list[Path]:
+    """Save every figure that `run` has records for, named after what it shows."""
+    folder, written = run.report_folder() / "figures", []
+    study = run.study()
+    qualities = {model.name: run.quality(model.name) for model in study.models}
+    if any(qualities.values()):
+        written += save_figure(draw_quality(qualities, study.gate), folder / "quality")
+    for result in results:
+        name = _file_name("transfer", result.info.metric, f"{result.info.source}__{result.info.target}")
+        written += save_figure(draw_transfer(result), folder / name)
+    for metric in sorted({result.info.metric for result in results}):
+        figure = draw_all_models([result for result in results if result.info.metric == metric])
+        written += save_figure(figure, folder / _file_name("all-models", metric))
+    for trace in collect_traces(run, run.comparisons()):
+        name = _file_name("trace", trace.model, digest_key(trace.model, trace.prompt)[:8])
+        written += save_figure(draw_trace(trace), folder / name)
+    return written
+
+
+def render_page(contents: dict[str, Any]) -> str:
+    """The page as one text: template, style, script and `contents` as JSON without a `<` to end its element."""
+    assets = files("throughline.report") / "assets"
+    data = json.dumps(contents, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {
+        "title": html.escape(contents["study"]["name"]),
+        "css": (assets / "page.css").read_text(encoding="utf-8"),
+        "js": (assets / "page.js").read_text(encoding="utf-8"),
+        "data": data,
+    }
+    template = (assets / "page.html").read_text(encoding="utf-8")
+    # One pass, so that data which looks like a placeholder stays data.
+    return re.sub(r"\{\{(title|css|js|data)\}\}", lambda match: parts[match[1]], template)
+
+
+def _file_name(*parts: str) -> str:
+    return "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", part) for part in parts)

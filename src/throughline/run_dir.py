@@ -1,0 +1,338 @@
+"""The run folder: the only module that knows where things lie.
+
+Every file is written to a temporary name, synced and renamed. A finished step is noted in `manifest.json` with the checksums of
+its files; a step whose files do not match them is reported and done again, never silently used.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+from safetensors.numpy import load_file, save_file
+
+from throughline.errors import DamagedFileError, InputError
+from throughline.records import (
+    Analysis,
+    Comparison,
+    LayerQuality,
+    Record,
+    RunInfo,
+    StepRecord,
+    Trace,
+    TransferInfo,
+    TransferResult,
+)
+from throughline.study import Study, dump_study, parse_study
+
+R = TypeVar("R", bound=Record)
+TABLES = ("features", "examples", "labels")
+REPORTED_PACKAGES = ("throughline", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
+
+
+class RunDir:
+    """A run's files, by what they are."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    # ---- the run itself
+
+    @classmethod
+    def open(cls, root: str | Path) -> "RunDir":
+        """The run at `root`; InputError if that is not a run folder."""
+        run = cls(root)
+        if not run.root.is_dir():
+            raise InputError(f"run folder {root} does not exist; `throughline train STUDY --out {root}` makes one")
+        if not (run.root / "study.yaml").is_file() or not (run.root / "run.json").is_file():
+            raise InputError(f"{root} is not a run folder (it has no study.yaml and run.json)")
+        return run
+
+    @classmethod
+    def create(cls, root: str | Path, study: Study) -> "RunDir":
+        """A new run at `root`, or the existing one if its folder is there."""
+        run = cls(root)
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.write_text("study.yaml", dump_study(study))
+        if not run.exists("run.json"):
+            run.write_record("run.json", _describe_run(study.name))
+        return run
+
+    def study(self) -> Study:
+        """The resolved study."""
+        import yaml
+
+        return parse_study(yaml.safe_load(self.read_text("study.yaml")), str(self.root / "study.yaml"))
+
+    def info(self) -> RunInfo:
+        """Versions, hardware and times."""
+        return self.read_record("run.json", RunInfo)
+
+    def update_info(self, **changes: Any) -> None:
+        """Replace fields of run.json."""
+        self.write_record("run.json", self.info().model_copy(update=changes))
+
+    def exists(self, relative: str) -> bool:
+        """True if the run has this file."""
+        return (self.root / relative).exists()
+
+    # ---- steps
+
+    def manifest(self) -> dict[str, StepRecord]:
+        """Finished steps by name."""
+        path = self.root / "manifest.json"
+        if not path.exists():
+            return {}
+        return {name: StepRecord.model_validate(step) for name, step in json.loads(path.read_text()).items()}
+
+    def is_done(self, step: str, key: str, warn: Callable[[str], None] = lambda line: None) -> bool:
+        """True if `step` was finished from the same `key` and all its files still match their checksums."""
+        record = self.manifest().get(step)
+        if record is None or record.key != key:
+            return False
+        damaged = [name for name, checksum in record.files.items() if _checksum(self.root / name) != checksum]
+        if damaged:
+            warn(f"{self.root / damaged[0]} does not match its checksum; {step} is done again")
+        return not damaged
+
+    def check(self, step: str) -> None:
+        """Raise DamagedFileError if a file of a finished step is not what was written."""
+        record = self.manifest().get(step)
+        for name, checksum in record.files.items() if record else ():
+            if _checksum(self.root / name) != checksum:
+                raise DamagedFileError(
+                    f"{self.root / name} does not match its checksum; `throughline run … --out {self.root} --resume` makes it again"
+                )
+
+    @contextmanager
+    def step(self, name: str, key: str) -> Iterator[list[str]]:
+        """Do a step: the block appends the relative names of the files it wrote; they are noted when it ends well."""
+        started, clock, files = _now(), time.perf_counter(), []
+        yield files
+        record = StepRecord(
+            key=key,
+            started=started,
+            seconds=round(time.perf_counter() - clock, 3),
+            files={file: _checksum(self.root / file) or "" for file in files},
+        )
+        manifest = self.manifest() | {name: record}
+        self.write_json("manifest.json", {step: manifest[step].model_dump() for step in sorted(manifest)})
+
+    # ---- places
+
+    def layer_folder(self, model: str, layer: int) -> Path:
+        """Where a layer's dictionary and its quality.json are, in SAELens' layout."""
+        return self.root / self.layer_name(model, layer)
+
+    @staticmethod
+    def layer_name(model: str, layer: int) -> str:
+        """The same, relative to the run."""
+        return f"models/{_slug(model)}/layer_{layer:02d}"
+
+    def checkpoint_folder(self, model: str) -> Path:
+        """Training state; removed when training is done."""
+        return self.root / "models" / _slug(model) / "checkpoints"
+
+    def progress_path(self) -> Path:
+        """One JSON line per report of a running training, for `throughline status`."""
+        return self.root / "progress.json"
+
+    def report_folder(self) -> Path:
+        """The one-file page and figures/."""
+        return self.root / "report"
+
+    # ---- records
+
+    def write_quality(self, quality: LayerQuality) -> str:
+        """Save a layer's quality; returns the relative name."""
+        return self.write_record(f"{self.layer_name(quality.model, quality.layer)}/quality.json", quality)
+
+    def quality(self, model: str) -> list[LayerQuality]:
+        """The quality of all evaluated layers of a model, by layer."""
+        files = sorted((self.root / "models" / _slug(model)).glob("layer_*/quality.json"))
+        return [self.read_record(str(f.relative_to(self.root)), LayerQuality) for f in files]
+
+    def write_table(self, model: str, table: str, frame: pl.DataFrame) -> str:
+        """Save one of TABLES of a model as Parquet; returns the relative name."""
+        assert table in TABLES, table
+        relative = f"models/{_slug(model)}/{table}.parquet"
+        with self._replacing(relative) as temporary:
+            frame.write_parquet(temporary)
+        return relative
+
+    def has_table(self, model: str, table: str) -> bool:
+        """True if this table of a model was made."""
+        return (self.root / "models" / _slug(model) / f"{table}.parquet").exists()
+
+    def table(self, model: str, table: str) -> pl.DataFrame:
+        """One of TABLES of a model; InputError names the command that makes it."""
+        path = self.root / "models" / _slug(model) / f"{table}.parquet"
+        if not path.exists():
+            command = "label" if table == "labels" else "features"
+            raise InputError(f"{model} has no {table} yet; `throughline {command} {self.root}` makes them")
+        return pl.read_parquet(path)
+
+    def write_transfer(self, result: TransferResult) -> list[str]:
+        """Save a transfer result: arrays and what they mean; returns the relative names."""
+        info = result.info
+        stem = f"transfer/{_slug(info.metric)}/{_slug(info.source)}__{_slug(info.target)}"
+        with self._replacing(f"{stem}.safetensors") as temporary:
+            save_file({k: np.ascontiguousarray(v) for k, v in result.arrays.items()}, temporary)
+        return [f"{stem}.safetensors", self.write_record(f"{stem}.json", info)]
+
+    def transfer(self, metric: str, source: str, target: str) -> TransferResult:
+        """One transfer result; InputError names the command that makes it."""
+        stem = self.root / "transfer" / _slug(metric) / f"{_slug(source)}__{_slug(target)}"
+        arrays, described = (stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json"))
+        if not described.exists():
+            raise InputError(
+                f"no {metric} from {source} to {target} yet; `throughline transfer {self.root}` computes it"
+            )
+        info = TransferInfo.model_validate_json(described.read_text(encoding="utf-8"))
+        return TransferResult(info, load_file(arrays))
+
+    def transfers(self) -> list[TransferInfo]:
+        """What transfer results there are."""
+        files = sorted((self.root / "transfer").glob("*/*.json"))
+        return [TransferInfo.model_validate_json(f.read_text(encoding="utf-8")) for f in files]
+
+    def write_trace(self, trace: Trace) -> str:
+        """Save a trace under an id made from its content's origin (model and prompt)."""
+        return self.write_record(f"traces/{_digest(trace.model, trace.prompt)}.json", trace)
+
+    def traces(self) -> list[Trace]:
+        """All saved traces, in a fixed order."""
+        return [
+            self.read_record(str(f.relative_to(self.root)), Trace)
+            for f in sorted((self.root / "traces").glob("*.json"))
+            if not f.name.startswith("compare-")
+        ]
+
+    def write_comparison(self, comparison: Comparison) -> str:
+        """Save a comparison."""
+        return self.write_record(
+            f"traces/compare-{_digest(*comparison.models, comparison.prompt)}.json", comparison
+        )
+
+    def comparisons(self) -> list[Comparison]:
+        """All saved comparisons, in a fixed order."""
+        return [
+            self.read_record(str(f.relative_to(self.root)), Comparison)
+            for f in sorted((self.root / "traces").glob("compare-*.json"))
+        ]
+
+    def analysis(self) -> Analysis | None:
+        """The analysis, if there is one."""
+        return self.read_record("analysis.json", Analysis) if self.exists("analysis.json") else None
+
+    # ---- files
+
+    def write_record(self, relative: str, record: Record) -> str:
+        """Save a JSON record; returns `relative`."""
+        return self.write_text(relative, record.model_dump_json(indent=1) + "\n")
+
+    def read_record(self, relative: str, kind: type[R]) -> R:
+        """Load a JSON record; DamagedFileError if it is not one."""
+        try:
+            return kind.model_validate_json(self.read_text(relative))
+        except ValueError as error:
+            raise DamagedFileError(f"{self.root / relative} is damaged: {str(error).splitlines()[0]}") from error
+
+    def read_json(self, relative: str) -> Any:
+        """Plain values of a JSON file; DamagedFileError if it is not one."""
+        try:
+            return json.loads(self.read_text(relative))
+        except ValueError as error:
+            raise DamagedFileError(f"{self.root / relative} is damaged: {error}") from error
+
+    def write_json(self, relative: str, value: Any) -> str:
+        """Save plain values as JSON; returns `relative`."""
+        return self.write_text(relative, json.dumps(value, indent=1) + "\n")
+
+    def read_text(self, relative: str) -> str:
+        """A text file of the run."""
+        return (self.root / relative).read_text(encoding="utf-8")
+
+    def write_text(self, relative: str, text: str) -> str:
+        """Save a text file; returns `relative`."""
+        return self.write_bytes(relative, text.encode())
+
+    def write_bytes(self, relative: str, content: bytes) -> str:
+        """Save a file; returns `relative`."""
+        with self._replacing(relative) as temporary:
+            temporary.write_bytes(content)
+        return relative
+
+    @contextmanager
+    def _replacing(self, relative: str) -> Iterator[Path]:
+        with replacing(self.root / relative) as temporary:
+            yield temporary
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; what the block wrote there is synced and takes the place of `path` at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest_key(*parts: Any) -> str:
+    """A short key of plain values: the same values give the same key."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def _checksum(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _describe_run(name: str) -> RunInfo:
+    versions = {"python": platform.python_version()}
+    for package in REPORTED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    hardware = {"machine": platform.machine(), "cores": os.cpu_count() or 0, "system": platform.system()}
+    return RunInfo(name=name, versions=versions, hardware=hardware, commit=_commit(), created=_now())
+
+
+def _commit() -> str | None:
+    """The commit of the source tree throughline runs from, if it is one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None

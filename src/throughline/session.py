@@ -1,0 +1,122 @@
+"""What one process has open of a run: models, dictionaries, and texts read through them; each opened once.
+
+Three texts serve all measures. `evaluation`: held-out documents, the same for every model. `sample`: the first part of these,
+with the residual stream kept. `selection`: documents of the training split, on which labels are chosen.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+from throughline.codes import Codes, encode_text
+from throughline.dictionaries import Dictionary, load_dictionary
+from throughline.errors import GateError
+from throughline.models import LanguageModel, open_model
+from throughline.records import Document
+from throughline.run_dir import RunDir
+from throughline.study import ModelSpec, Study
+from throughline.text import read_documents
+from throughline.tokens import TokenRows, collect_rows, take_documents
+
+SELECTION_SEED = 1_000_003  # apart from the seeds of training
+
+
+class Session:
+    """One run, opened for work on one device."""
+
+    def __init__(self, run: RunDir, device: str = "cpu", say: Callable[[str], None] = lambda line: None) -> None:
+        self.run, self.device, self.say = run, device, say
+        self.study: Study = run.study()
+        self._models: dict[str, LanguageModel] = {}
+        self._dictionaries: dict[str, dict[int, Dictionary]] = {}
+        self._codes: dict[tuple[str, str], Codes] = {}
+
+    def model(self, name: str) -> LanguageModel:
+        """The language model called `name`."""
+        if name not in self._models:
+            self._models[name] = open_model(self.study.model(name), self.device)
+        return self._models[name]
+
+    def layers(self, spec: ModelSpec) -> list[int]:
+        """The layers of a model that the study wants."""
+        return self.model(spec.name).layers(spec.layers)
+
+    def context(self, name: str) -> int:
+        """Longest piece of text, in tokens: the study's, or the model's if that is less."""
+        return min(self.study.data.context, self.model(name).context)
+
+    def dictionaries(self, name: str) -> dict[int, Dictionary]:
+        """A model's trained dictionaries by layer, checked against their checksums and probes."""
+        if name not in self._dictionaries:
+            self.run.check(f"train/{name}")
+            layers = self.layers(self.study.model(name))
+            self._dictionaries[name] = {
+                layer: load_dictionary(self.run.layer_folder(name, layer), self.device) for layer in layers
+            }
+        return self._dictionaries[name]
+
+    def rows(self, name: str, documents: list[Document]) -> TokenRows:
+        """Documents as a model's tokens."""
+        return collect_rows(
+            documents, self.model(name).tokenizer, self.context(name), self.study.data.keep_special_tokens
+        )
+
+    @cached_property
+    def heldout(self) -> list[Document]:
+        """Held-out documents: as many as the first model needs for the study's evaluation tokens."""
+        return self._take("heldout", self.study.training.seed, self.study.evaluation.tokens)
+
+    @cached_property
+    def heldout_sample(self) -> list[Document]:
+        """The first of them, for what costs more."""
+        return self._first(self.heldout, self.study.evaluation.sample_tokens)
+
+    @cached_property
+    def selection_documents(self) -> list[Document]:
+        """Documents of the training split."""
+        return self._take("train", self.study.training.seed + SELECTION_SEED, self.study.evaluation.sample_tokens)
+
+    def evaluation(self, name: str) -> Codes:
+        """A model's codes of the held-out documents."""
+        return self._read(name, "evaluation", self.heldout, keep_residuals=False)
+
+    def sample(self, name: str) -> Codes:
+        """A model's codes and residual stream of the held-out sample."""
+        return self._read(name, "sample", self.heldout_sample, keep_residuals=True)
+
+    def selection(self, name: str) -> Codes:
+        """A model's codes and residual stream of the selection text."""
+        return self._read(name, "selection", self.selection_documents, keep_residuals=True)
+
+    def require_gate(self, force: bool) -> None:
+        """Refuse to build on dictionaries that failed the quality gate, unless `force`, which the run then remembers."""
+        failed = [
+            f"{quality.model} layer {quality.layer} ({', '.join(quality.gate)})"
+            for spec in self.study.models
+            for quality in self.run.quality(spec.name)
+            if not quality.passed
+        ]
+        if not failed:
+            return
+        if not force:
+            shown = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
+            raise GateError(f"quality gate failed: {shown}. Train longer or wider, or go on with --force")
+        self.run.update_info(forced=True)
+        self.say(f"warning: {len(failed)} dictionaries failed the quality gate; every output says so")
+
+    def _take(self, split: str, seed: int, num_tokens: int) -> list[Document]:
+        first = self.study.models[0].name
+        documents = read_documents(self.study.data, split, seed)
+        return take_documents(documents, self.model(first).tokenizer, num_tokens, self.context(first))
+
+    def _first(self, documents: list[Document], num_tokens: int) -> list[Document]:
+        first = self.study.models[0].name
+        return take_documents(iter(documents), self.model(first).tokenizer, num_tokens, self.context(first))
+
+    def _read(self, name: str, which: str, documents: list[Document], keep_residuals: bool) -> Codes:
+        key = (name, which)
+        if key not in self._codes:
+            rows = self.rows(name, documents)
+            self._codes[key] = encode_text(
+                self.model(name), self.dictionaries(name), rows, documents, keep_residuals
+            )
+        return self._codes[key]

@@ -1,0 +1,303 @@
+"""The study file: what to do. One frozen tree; unknown keys are refused with the nearest known one.
+
+Every field's comment is its documentation; `throughline init` writes them into a commented file.
+"""
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from throughline.errors import InputError
+from throughline.registry import ARCHITECTURES, METRICS, unknown
+
+
+class Section(BaseModel):
+    """Part of a study: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class L1Schedule(Section):
+    """L1 coefficients by thirds of depth, on scaled activations."""
+
+    early: float = Field(ge=0)
+    mid: float = Field(ge=0)
+    late: float = Field(ge=0)
+
+
+class DictionaryOverride(Section):
+    """What one model or layer has otherwise than the study's `dictionary`."""
+
+    architecture: str | None = None
+    expansion: float | None = Field(None, gt=0)
+    d_sae: int | None = Field(None, ge=1)
+    k: int | None = Field(None, ge=1)
+    l1: float | L1Schedule | None = None
+
+
+class DictionarySpec(Section):
+    """One layer's dictionary: `d_sae` features, or `expansion` times the model's width."""
+
+    architecture: str = "topk"
+    expansion: float = Field(8, gt=0)
+    d_sae: int | None = Field(None, ge=1)
+    k: int = Field(32, ge=1)  # active features per token (topk)
+    l1: float | L1Schedule = 5.0  # coefficient of |f| times decoder norm (relu), activations scaled to mean norm sqrt(d)
+    per_layer: dict[int, DictionaryOverride] = {}
+
+    def width(self, d_model: int) -> int:
+        """Number of features for a model of width `d_model`."""
+        return self.d_sae or round(self.expansion * d_model)
+
+    def l1_at(self, layer: int, num_layers: int) -> float:
+        """L1 coefficient at `layer` of `num_layers`."""
+        if isinstance(self.l1, L1Schedule):
+            return (self.l1.early, self.l1.mid, self.l1.late)[min(2, 3 * layer // num_layers)]
+        return self.l1
+
+    def at_layer(self, layer: int) -> "DictionarySpec":
+        """This specification with the overrides of one layer applied."""
+        return self.overridden(self.per_layer.get(layer))
+
+    def overridden(self, override: DictionaryOverride | None) -> "DictionarySpec":
+        """A copy in which every key given in `override` replaces this one's."""
+        if override is None:
+            return self
+        given = override.model_dump(exclude_unset=True)
+        if "expansion" in given and "d_sae" not in given:
+            given["d_sae"] = None
+        return DictionarySpec.model_validate(self.model_dump() | given)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.architecture not in ARCHITECTURES.names():
+            raise ValueError(unknown("architecture", self.architecture, ARCHITECTURES.names()))
+        return self
+
+
+class ModelSpec(Section):
+    """A language model: a hub id, a local folder, or zoo/NAME."""
+
+    path: str
+    name: str = ""  # default: the last part of the path; zoo models keep "zoo/NAME"
+    layers: Literal["all"] | list[int] = "all"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dictionary: DictionaryOverride | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"path": data}
+        if isinstance(data, dict) and isinstance(data.get("path"), str) and not data.get("name"):
+            path = data["path"].rstrip("/")
+            data = data | {"name": path if path.startswith("zoo/") else path.rpartition("/")[2]}
+        return data
+
+
+class DataSpec(Section):
+    """Text: a hub dataset, a local .txt .jsonl .csv .parquet file, or zoo/arithmetic."""
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    text: str = "{text}"  # how a row becomes a text; a field named answer marks where the answer begins
+    context: int = Field(128, ge=2)  # longest piece of text the model sees at once, in tokens
+    heldout: float = Field(0.1, gt=0, lt=1)  # share of the documents kept for evaluation
+    keep_special_tokens: bool = False
+
+
+class TrainingSpec(Section):
+    """How long and how fast. `tokens` are those of one epoch."""
+
+    tokens: int = Field(2_000_000, ge=1)
+    epochs: int = Field(1, ge=1)
+    batch_tokens: int = Field(4096, ge=1)
+    lr: float | Literal["auto"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    checkpoint_minutes: float = Field(10.0, gt=0)
+
+
+class GateSpec(Section):
+    """What a dictionary must reach before anything is built on it."""
+
+    max_l0_share: float = 0.10  # of d_sae
+    max_fvu: float = 0.5
+    min_ce_recovered: float = 0.8
+    max_dead: float = 0.30
+
+
+class EvaluationSpec(Section):
+    """Held-out text for quality, features, labels and transfer."""
+
+    tokens: int = Field(200_000, ge=1)
+    spliced_tokens: int = Field(20_000, ge=1)  # for the measures that run the model several times per layer
+    sample_tokens: int = Field(20_000, ge=1)  # for labels and reconstruction, which keep the residual stream
+
+
+class FeatureSpec(Section):
+    """What is kept of each feature."""
+
+    contexts: int = Field(6, ge=1)  # examples from the top, and as many spread over the quantiles
+    labelers: list[str] = ["concepts", "tokens"]
+    bar: float = Field(0.7, ge=0, le=1)  # a label scored below is shown as unlabelled, with its top tokens
+
+
+class TransferSpec(Section):
+    """Which relations between dictionaries are computed."""
+
+    metrics: list[str] = ["reconstruction", "matching"]
+    min_count: int = Field(30, ge=1)  # features active on fewer tokens are left out
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for metric in self.metrics:
+            if metric not in METRICS.names() and ":" not in metric:
+                raise ValueError(unknown("metric", metric, METRICS.names()))
+        return self
+
+
+class TraceSpec(Section):
+    """Prompts traced and compared by `throughline run`."""
+
+    prompts: list[str] = []
+    features: int = Field(6, ge=1)  # shown per layer
+    answer_tokens: int = Field(8, ge=1)  # longest answer
+
+
+class ExecutorSpec(Section):
+    """Where the work runs."""
+
+    kind: Literal["local"] = "local"
+
+
+class Study(Section):
+    """Everything a run is made from; a run is a pure function of it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    models: list[ModelSpec] = Field(min_length=1)
+    data: DataSpec
+    dictionary: DictionarySpec = DictionarySpec()
+    training: TrainingSpec = TrainingSpec()
+    gate: GateSpec = GateSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    features: FeatureSpec = FeatureSpec()
+    transfer: TransferSpec = TransferSpec()
+    trace: TraceSpec = TraceSpec()
+    executor: ExecutorSpec = ExecutorSpec()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [m.name for m in self.models]
+        folders = [re.sub(r"[^A-Za-z0-9._-]+", "-", n) for n in names]  # as run_dir writes them
+        twice = {n for n, f in zip(names, folders, strict=True) if folders.count(f) > 1}
+        if twice:
+            raise ValueError(f"models need different names (letters and digits count), found {', '.join(sorted(twice))} twice")
+        return self
+
+    def model(self, name: str | None) -> ModelSpec:
+        """The model called `name` (the only one, if None); InputError names the known ones."""
+        names = [m.name for m in self.models]
+        if name is None and len(names) == 1:
+            return self.models[0]
+        if name is None:
+            raise InputError(f"this run has {len(names)} models; say which with --model ({', '.join(names)})")
+        if name not in names:
+            raise InputError(unknown("model", name, names))
+        return self.models[names.index(name)]
+
+    def dictionary_for(self, model: ModelSpec) -> DictionarySpec:
+        """The dictionary specification of one model, before the overrides of its layers."""
+        return self.dictionary.overridden(model.dictionary)
+
+
+def load_study(path: str | Path, settings: list[str] | None = None) -> Study:
+    """Read a study file and apply `a.b=value` settings. Raises InputError, one line, for anything wrong in either."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"study file {path} does not exist; `throughline init` writes one")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} should hold keys and values (name, models, data, …), found {type(tree).__name__}")
+    for setting in settings or []:
+        _set(tree, setting)
+    study = parse_study(tree, str(path))
+    return _beside(study, path.parent)
+
+
+def parse_study(tree: dict, where: str = "study") -> Study:
+    """The study of a tree of plain values. Raises InputError with every fault of it in one line."""
+    try:
+        return Study.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{where}: " + "; ".join(_describe(fault, tree) for fault in error.errors())) from None
+
+
+def dump_study(study: Study) -> str:
+    """The study as YAML, every default written out."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _set(tree: dict, setting: str) -> None:
+    key, separator, value = setting.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set expects a.b=value, found {setting!r}")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise InputError(f"--set {setting}: {parent} holds no keys")
+    node[last] = yaml.safe_load(value)
+
+
+def _beside(study: Study, folder: Path) -> Study:
+    """Relative paths in a study file are relative to the file, if something is there."""
+
+    def resolve(path: str) -> str:
+        beside = folder / path
+        return str(beside.resolve()) if not Path(path).is_absolute() and beside.exists() else path
+
+    models = [m.model_copy(update={"path": resolve(m.path)}) for m in study.models]
+    return study.model_copy(
+        update={"models": models, "data": study.data.model_copy(update={"path": resolve(study.data.path)})}
+    )
+
+
+def _describe(fault: Any, tree: dict) -> str:
+    where = ".".join(str(part) for part in fault["loc"] if not _is_branch(part))
+    if fault["type"] == "extra_forbidden":
+        known = _keys_at(fault["loc"][:-1])
+        close = get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {where}; {hint}"
+    if fault["type"] == "missing":
+        return f"{where} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(fault["input"], dict) else f", found {fault['input']!r}"
+    return f"{where}: {message[:1].lower() + message[1:]}{found}" if where else message
+
+
+def _is_branch(part: object) -> bool:
+    """True for what pydantic adds to a location to say which alternative of a union it tried."""
+    return isinstance(part, str) and (part in ("float", "int", "L1Schedule") or "[" in part)
+
+
+def _keys_at(location: tuple) -> list[str]:
+    section: Any = Study
+    for part in location:
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        if field is None:
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), section)
+    return list(section.model_fields)

@@ -1,0 +1,278 @@
+"""Read one prompt layer by layer: which features are active, and what the answer owes to each.
+
+    1. the model answers; score = answer logit minus runner-up's (see `answer`)
+    2. one backward pass gives d score / d x at every layer and position
+    3. node = (layer, position, feature), active there; predicted effect = (off - activation) * gradient . decoder row
+    4. the nodes with the largest predicted effects are shown, and each is switched off in the real model; as many nodes
+       drawn at random are switched off too, as the control
+
+"Off" is the feature's mean over held-out tokens of the same kind (number, word, …): zero would be a state the model never
+sees. Plain gradients predict such interventions best (measured: r 0.97; frozen attention and norms 0.7 to 0.9).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from throughline.dictionaries import Dictionary
+from throughline.errors import InputError
+from throughline.models import LanguageModel
+from throughline.records import TOKEN_KINDS, ActiveFeature, Label, LayerReading, Token, Trace
+from throughline.tokens import kind_of_text
+from throughline.tracing.answer import Answer, answer_under, find_answer
+
+BATCH = 64
+OFF = "its mean activation over held-out tokens of the same kind ({})"
+
+
+@dataclass(frozen=True)
+class TraceInputs:
+    """What a trace is made with: the model, its dictionaries, and the tables of features and of labels that reached the bar."""
+
+    model: LanguageModel
+    dictionaries: dict[int, Dictionary]
+    features: pl.DataFrame
+    labels: pl.DataFrame
+    seed: int = 0
+    forced: bool = False
+    _kind_means: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def kind_means(self, layer: int) -> np.ndarray:
+        """Mean activation of each feature over held-out tokens of each kind, [F, kinds]."""
+        if layer not in self._kind_means:
+            column = self.features.filter(pl.col("layer") == layer).sort("feature")["kind_means"]
+            self._kind_means[layer] = np.array(column.to_list())
+        return self._kind_means[layer]
+
+
+@dataclass(frozen=True)
+class _Node:
+    layer: int
+    position: int
+    feature: int
+    activation: float
+    off_value: float
+    predicted: float
+
+
+def trace_prompt(
+    inputs: TraceInputs,
+    prompt: str,
+    tokens: Sequence[Token],
+    kinds_of: Sequence[int],
+    *,
+    num_features: int,
+    most_answer_tokens: int,
+    expected: str | None = None,
+) -> Trace:
+    """The layered reading of `prompt`, whose tokens are given, with the measured effect of every shown feature.
+
+    `kinds_of` gives the kind of each token of the prompt (index into TOKEN_KINDS; -1 for special tokens, which are not
+    read). Raises InputError if the prompt does not fit the model's context.
+    """
+    model = inputs.model
+    answer = find_answer(model, [t.id for t in tokens], most_answer_tokens)
+    answer_text = model.tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
+    shown, kinds = _with_answer(model, prompt, tokens, kinds_of, answer)
+    residuals, gradients, score = _differentiate(inputs, answer)
+    rng = np.random.default_rng([inputs.seed, *prompt.encode()])
+    nodes, controls, readings = {}, {}, []
+    for layer, dictionary in inputs.dictionaries.items():
+        active = _active_nodes(inputs, layer, dictionary, residuals[layer], gradients[layer], kinds)
+        ranked = sorted(active, key=lambda node: -abs(node.predicted))
+        nodes[layer] = ranked[:num_features]
+        picks = rng.choice(len(active), size=min(num_features, len(active)), replace=False)
+        controls[layer] = [active[i] for i in picks]
+    measured = {layer: _switch_off(inputs, answer, nodes[layer] + controls[layer], score) for layer in nodes}
+    for layer, dictionary in inputs.dictionaries.items():
+        effects, answers = measured[layer]
+        features = [
+            _describe(inputs, node, effects[i], answers[i])
+            for i, node in enumerate(nodes[layer])
+        ]
+        readings.append(_layer_reading(inputs, answer, layer, dictionary, residuals[layer], kinds, features, score))
+    random_effects = [abs(e) for layer in nodes for e in measured[layer][0][len(nodes[layer]) :]]
+    flat = [f for reading in readings for f in reading.features]
+    return Trace(
+        model=model.name,
+        prompt=prompt,
+        tokens=[tuple(token) for token in shown],
+        num_prompt_tokens=len(tokens),
+        answer=answer_text.strip(),
+        answer_probability=answer.probability,
+        complete=answer.complete,
+        expected=expected,
+        correct=None if expected is None else answer_text.strip() == expected,
+        score=score,
+        runner_up=model.tokenizer.decode([int(answer.runners_up_C[0])]).strip(),
+        off=OFF.format(", ".join(TOKEN_KINDS)),
+        layers=readings,
+        num_verified=len(flat),
+        prediction_r=_pearson([f.predicted_effect for f in flat], [f.effect for f in flat]),
+        random_effect=float(np.mean(random_effects)) if random_effects else 0.0,
+        forced=inputs.forced,
+        notes=_notes(answer, answer_text, expected),
+    )
+
+
+def _with_answer(
+    model: LanguageModel, prompt: str, tokens: Sequence[Token], kinds_of: Sequence[int], answer: Answer
+) -> tuple[list[Token], np.ndarray]:
+    """Tokens of prompt and answer with the characters they cover, and the kind of each."""
+    shown, kinds, text = list(tokens), list(kinds_of), prompt
+    for i in range(len(answer.answer_ids)):
+        so_far = prompt + model.tokenizer.decode(answer.answer_ids[: i + 1], skip_special_tokens=True)
+        piece = so_far[len(text) :]
+        shown.append(Token(answer.answer_ids[i], piece, len(text), len(so_far)))
+        kinds.append(kind_of_text(piece))
+        text = so_far
+    return shown, np.array(kinds)
+
+
+def _differentiate(inputs: TraceInputs, answer: Answer) -> tuple[dict[int, Tensor], dict[int, Tensor], float]:
+    """Residual stream and gradient of the score at every layer, [T, D], by one backward pass."""
+    model, layers = inputs.model, list(inputs.dictionaries)
+    shape = (1, len(answer.ids), model.d_model)
+    nudges = {layer: torch.zeros(shape, device=model.device, requires_grad=True) for layer in layers}
+    edits = {layer: (lambda x, nudge=nudge: x + nudge) for layer, nudge in nudges.items()}
+    with torch.enable_grad():
+        output = model.run(model.inputs(torch.tensor([answer.ids])), capture=layers, edits=edits)
+        assert output.logits is not None
+        score = answer.score(output.logits)[0]
+        gradients = torch.autograd.grad(score, list(nudges.values()))
+    residuals = {layer: output.residuals[layer][0].detach().float() for layer in layers}
+    return residuals, {layer: g[0] for layer, g in zip(layers, gradients, strict=True)}, float(score)
+
+
+def _active_nodes(
+    inputs: TraceInputs, layer: int, dictionary: Dictionary, x_TD: Tensor, gradient_TD: Tensor, kinds: np.ndarray
+) -> list[_Node]:
+    f_TF = dictionary.encode(x_TD)
+    along_TF = gradient_TD @ dictionary.W_dec.T
+    means_FK, nodes = inputs.kind_means(layer), []
+    for position, feature in (f_TF > 0).nonzero().tolist():
+        if kinds[position] < 0:
+            continue
+        activation = float(f_TF[position, feature])
+        off = float(means_FK[feature, kinds[position]])
+        predicted = (off - activation) * float(along_TF[position, feature])
+        nodes.append(_Node(layer, position, feature, activation, off, predicted))
+    return nodes
+
+
+@torch.no_grad()
+def _switch_off(
+    inputs: TraceInputs, answer: Answer, nodes: list[_Node], score: float
+) -> tuple[list[float], list[str]]:
+    """The measured change of the score, and the answer given, with each node of one layer off; many in one forward pass."""
+    model, effects, answers = inputs.model, [], []
+    for start in range(0, len(nodes), BATCH):
+        batch = nodes[start : start + BATCH]
+        changes = [_change(inputs, node) for node in batch]
+        positions = torch.tensor([node.position for node in batch], device=model.device)
+        rows = torch.arange(len(batch), device=model.device)
+
+        def edit(x_BTD: Tensor, rows=rows, positions=positions, changes=changes) -> Tensor:
+            out = x_BTD.clone()
+            out[rows, positions] += torch.stack(changes).to(out.dtype)
+            return out
+
+        ids = torch.tensor([answer.ids] * len(batch))
+        logits = model.run(model.inputs(ids), edits={batch[0].layer: edit}).logits
+        assert logits is not None
+        effects += (answer.score(logits) - score).tolist()
+        for row, (node, change) in enumerate(zip(batch, changes, strict=True)):
+
+            def one(x_BTD: Tensor, node=node, change=change) -> Tensor:
+                out = x_BTD.clone()
+                out[:, node.position] += change.to(out.dtype)
+                return out
+
+            said = answer_under(model, answer, logits[row], {node.layer: one})
+            answers.append(model.tokenizer.decode(said, skip_special_tokens=True).strip())
+    return effects, answers
+
+
+def _change(inputs: TraceInputs, node: _Node) -> Tensor:
+    return (node.off_value - node.activation) * inputs.dictionaries[node.layer].W_dec[node.feature]
+
+
+@torch.no_grad()
+def _layer_reading(
+    inputs: TraceInputs,
+    answer: Answer,
+    layer: int,
+    dictionary: Dictionary,
+    x_TD: Tensor,
+    kinds: np.ndarray,
+    features: list[ActiveFeature],
+    score: float,
+) -> LayerReading:
+    read = torch.from_numpy(kinds >= 0).to(x_TD.device)
+    f_TF = dictionary.encode(x_TD[read])
+    x_hat_TD = dictionary.decode(f_TF)
+    variance = float((x_TD[read] - x_TD[read].mean(0)).square().sum())
+
+    def reconstruct(x_BTD: Tensor) -> Tensor:
+        out = x_BTD.clone()
+        out[0, read] = x_hat_TD.to(out.dtype)
+        return out
+
+    logits = inputs.model.run(inputs.model.inputs(torch.tensor([answer.ids])), edits={layer: reconstruct}).logits
+    assert logits is not None
+    return LayerReading(
+        layer=layer,
+        features=features,
+        num_active=float((f_TF > 0).sum(1).float().mean()),
+        fvu=float((x_TD[read] - x_hat_TD).square().sum()) / max(variance, 1e-12),
+        error_effect=float(answer.score(logits)[0]) - score,
+    )
+
+
+def _describe(inputs: TraceInputs, node: _Node, effect: float, answer_if_off: str) -> ActiveFeature:
+    here = (pl.col("layer") == node.layer) & (pl.col("feature") == node.feature)
+    found = inputs.labels.filter(here)
+    label = None
+    if len(found):
+        row = found.row(0, named=True)
+        fields = {name: row[name] for name in Label.model_fields if name != "text"}
+        label = Label(text=row["label"], **fields)
+    return ActiveFeature(
+        layer=node.layer,
+        position=node.position,
+        feature=node.feature,
+        activation=node.activation,
+        off_value=node.off_value,
+        effect=effect,
+        predicted_effect=node.predicted,
+        answer_if_off=answer_if_off,
+        label=label,
+        top_tokens=inputs.features.filter(here)["top_tokens"].to_list()[0],
+    )
+
+
+def _notes(answer: Answer, text: str, expected: str | None) -> list[str]:
+    notes = []
+    if expected is not None and text.strip() != expected:
+        notes.append(f"the model's answer is wrong: {text.strip()!r}, right is {expected!r}")
+    if not answer.complete:
+        notes.append(f"the answer was cut after {len(answer.answer_ids)} tokens")
+    if not answer.answer_ids:
+        notes.append("the model ends the text at once; effects are on its choice of the end")
+    return notes
+
+
+def _pearson(a: list[float], b: list[float]) -> float | None:
+    if len(a) < 3 or np.std(a) == 0 or np.std(b) == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def check_prompt(prompt: str) -> None:
+    """InputError if there is nothing to trace."""
+    if not prompt.strip():
+        raise InputError('the prompt is empty; give one in quotes, such as "What is 15 + 27?"')

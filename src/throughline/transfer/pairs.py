@@ -1,0 +1,134 @@
+"""What a transfer metric is given, and what they share.
+
+A metric relates one model's dictionaries (source, rows) to another's or its own (target, columns), on the same documents.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import scipy.sparse as sp
+
+from throughline.codes import Codes, reading_order
+from throughline.dictionaries import Dictionary
+from throughline.records import TransferResult
+from throughline.tokens import TokenRows, align_ends
+
+NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's part: its dictionaries, the codes of the shared text, and of a part of it with the residual stream."""
+
+    model: str
+    dictionaries: dict[int, Dictionary]
+    codes: Codes
+    sample: Codes
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers in order."""
+        return list(self.dictionaries)
+
+
+class Metric(Protocol):
+    """What a metric's file provides."""
+
+    name: str
+    across_models: bool  # False: only pairs of layers of one model
+
+    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> TransferResult:
+        """The relation of every source layer to every target layer."""
+        ...
+
+
+class Aligned(NamedTuple):
+    """Token i of the source and token i of the target end at the same character."""
+
+    source_N: np.ndarray
+    target_N: np.ndarray
+    coverage: float
+
+
+def align(source: Codes, target: Codes) -> Aligned:
+    """Pairs of tokens (indices in reading order) of two models on the same documents."""
+    if source is target:
+        everything = np.arange(source.num_tokens)
+        return Aligned(everything, everything, 1.0)
+    alignment = align_ends(source.rows, target.rows)
+    places = (_places(source.rows)[alignment.index_a], _places(target.rows)[alignment.index_b])
+    return Aligned(*places, alignment.coverage)
+
+
+def _places(rows: TokenRows) -> np.ndarray:
+    """For each cell of the flattened rows [R * T] its place in reading order; -1 where no token is kept."""
+    places = np.full(rows.keep.size, -1)
+    places[np.flatnonzero(rows.keep)[reading_order(rows)]] = np.arange(rows.num_tokens)
+    return places
+
+
+def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """95 % interval of the mean, resampling `values`; NaN if there are none."""
+    if not len(values):
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    if np.isin(values, (0, 1)).all():
+        means = rng.binomial(len(values), values.mean(), NUM_RESAMPLES) / len(values)
+    else:
+        means = values[rng.integers(len(values), size=(NUM_RESAMPLES, len(values)))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def shift_documents(codes: Codes, tokens_N: np.ndarray, by: int) -> np.ndarray:
+    """For each token the one at the same place of the document `by` further on, as an index into `tokens_N`; -1 if none.
+
+    Keeps how often features fire and where in a text, and destroys what belongs to this text.
+    """
+    documents = codes.documents_N[tokens_N]
+    starts = np.flatnonzero(np.r_[True, documents[1:] != documents[:-1]])
+    lengths = np.diff(np.r_[starts, len(documents)])
+    number = np.repeat(np.arange(len(starts)), lengths)
+    place = np.arange(len(documents)) - starts[number]
+    other = (number + by) % len(starts)
+    return np.where(place < lengths[other], starts[other] + place, -1)
+
+
+def shuffle_within(kinds_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A permutation that moves tokens only among those of their kind."""
+    order = np.arange(len(kinds_N))
+    for kind in np.unique(kinds_N):
+        at = np.flatnonzero(kinds_N == kind)
+        order[at] = rng.permutation(at)
+    return order
+
+
+class Moments(NamedTuple):
+    """What Pearson's r needs of each feature: count of active tokens, mean, and standard deviation."""
+
+    num_active: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def moments_of(matrix: sp.csr_array) -> Moments:
+    """Moments of the columns of a sparse matrix, zeros counted, in float64."""
+    n = matrix.shape[0]
+    total = np.asarray(matrix.sum(axis=0, dtype=np.float64)).ravel()
+    square = np.asarray(matrix.power(2).sum(axis=0, dtype=np.float64)).ravel()
+    mean = total / n
+    variance = np.maximum(square / n - mean**2, 0)
+    return Moments(np.bincount(matrix.indices, minlength=matrix.shape[1]), mean, np.sqrt(variance))
+
+
+def correlate(source_NF: sp.csr_array, target_NF: sp.csr_array) -> np.ndarray:
+    """Pearson's r of every source feature with every target feature over all tokens, [F source, F target].
+
+    r = (sum uv / N - mean_u mean_v) / (sd_u sd_v); only tokens on which both fire enter the sum, so it costs k^2 per token.
+    """
+    a, b = moments_of(source_NF), moments_of(target_NF)
+    products = (source_NF.T @ target_NF).toarray() / source_NF.shape[0]
+    products -= np.outer(a.mean, b.mean)
+    scale = np.outer(a.deviation, b.deviation)
+    return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)

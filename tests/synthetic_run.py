@@ -1,0 +1,352 @@
+"""A small but complete run folder from made-up records, for tests of what reads one. Every number is a seeded draw."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from throughline.records import (
+    EXAMPLE_COLUMNS,
+    FEATURE_COLUMNS,
+    LABEL_COLUMNS,
+    TOKEN_KINDS,
+    ActiveFeature,
+    Analysis,
+    Comparison,
+    Finding,
+    Label,
+    LayerQuality,
+    LayerReading,
+    SharedFeature,
+    Trace,
+    TransferInfo,
+    TransferResult,
+)
+from throughline.run_dir import RunDir
+from throughline.study import parse_study
+
+HOSTILE = "</script><script>alert(1)</script>"
+CONCEPTS = ("number, first operand", "number, second operand", "carry", "tens digit", "units digit", "equals sign")
+PROMPT = "What is 15 + 27?"
+PROMPT_TOKENS = ("What", " is", " 1", "5", " +", " 2", "7", "?")
+PARTS = ("quality", "tables", "transfer", "traces", "comparisons", "analysis")
+
+
+@dataclass(frozen=True)
+class SyntheticModel:
+    """Name and shape of a made-up model."""
+
+    name: str
+    num_layers: int
+    d_model: int
+    d_sae: int
+
+
+MODELS = (
+    SyntheticModel("zoo/tall", 6, 32, 64),
+    SyntheticModel("zoo/wide", 4, 48, 96),
+    SyntheticModel("small", 3, 16, 40),
+)
+
+
+def make_study_tree(models: tuple[SyntheticModel, ...] = MODELS) -> dict:
+    """The study file's tree of such a run."""
+    return {
+        "name": "synthetic",
+        "models": [{"name": m.name, "path": f"zoo/{m.name.rpartition('/')[2]}"} for m in models],
+        "data": {"path": "zoo/arithmetic", "context": 32},
+    }
+
+
+def make_qualities(model: SyntheticModel, seed: int = 0) -> list[LayerQuality]:
+    """One quality a layer; the last layer of the first model fails the gate."""
+    rng = np.random.default_rng([seed, model.d_model])
+    qualities = []
+    for layer in range(model.num_layers):
+        fvu, ce = 0.05 + 0.3 * rng.random(), 1.2
+        gate = ["FVU 0.61 > 0.5"] if model == MODELS[0] and layer == model.num_layers - 1 else []
+        fvu = 0.61 if gate else fvu
+        qualities.append(
+            LayerQuality(
+                model=model.name,
+                layer=layer,
+                architecture="topk",
+                d_model=model.d_model,
+                d_sae=model.d_sae,
+                num_tokens=50_000,
+                fvu=fvu,
+                fvu_by_position=[round(fvu * (1 + 0.05 * i), 4) for i in range(8)],
+                fvu_within_kind=fvu * 1.3,
+                explained_variance=1 - fvu,
+                explained_variance_legacy=1 - fvu,
+                l0=4 + rng.random(),
+                dead=0.1 * rng.random(),
+                dense=0.02,
+                cossim=0.95,
+                l2_ratio=0.98,
+                relative_reconstruction_bias=1.01,
+                num_spliced_tokens=20_000,
+                ce_loss_without_sae=ce,
+                ce_loss_with_sae=ce + 0.1 * fvu,
+                ce_loss_with_ablation=6.0,
+                ce_loss_with_mean_ablation=5.0,
+                ce_loss_score=1 - 0.1 * fvu / 4.8,
+                ce_loss_score_mean=1 - 0.1 * fvu / 3.8,
+                delta_ce=0.1 * fvu,
+                kl_div_with_sae=0.12 * fvu,
+                num_answers=200 if model != MODELS[2] else 0,
+                answers_kept=1 - fvu / 4 if model != MODELS[2] else None,
+                gate=gate,
+            )
+        )
+    return qualities
+
+
+def make_tables(model: SyntheticModel, *, contexts: int = 3, seed: int = 0) -> dict[str, pl.DataFrame]:
+    """Features, examples and labels. Feature 5 of layer 0 has a hostile label, every feature 7 one below the bar."""
+    rng = np.random.default_rng([seed, model.d_sae, 1])
+    words = [*PROMPT_TOKENS, " 42", "\n", "<b>", "$", "é", "数"]
+    features, examples, labels = [], [], []
+    for layer in range(model.num_layers):
+        for feature in range(model.d_sae):
+            active, largest = int(rng.integers(0, 5000)), float(1 + 5 * rng.random())
+            tokens = [str(t) for t in rng.choice(words, 5, replace=False)]
+            kinds = [float(x) for x in rng.random(len(TOKEN_KINDS))]
+            shown = tokens[:3]
+            features.append(
+                (
+                    layer,
+                    feature,
+                    active / 50_000,
+                    active,
+                    50_000,
+                    largest / 2,
+                    largest,
+                    tokens,
+                    0.4,
+                    shown,
+                    shown,
+                    kinds,
+                )
+            )
+            for rank in range(contexts):
+                stratum = "top" if rank < contexts - 1 else "0.50"
+                values = np.where(rng.random(len(PROMPT_TOKENS)) < 0.3, rng.random(len(PROMPT_TOKENS)) * largest, 0.0)
+                focus = int(values.argmax())
+                values[focus] = largest / (1 + rank)
+                line = list(PROMPT_TOKENS)
+                examples.append(
+                    (layer, feature, stratum, rank, float(values[focus]), rank, line, values.tolist(), focus)
+                )
+            text = HOSTILE if (layer, feature) == (0, 5) else CONCEPTS[feature % len(CONCEPTS)]
+            f1 = 0.3 if feature == 7 else 0.75 + 0.2 * rng.random()
+            if feature < 20:
+                labels.append((layer, feature, text, "concepts", f1, 0.9, 0.85, 0.2, 900, 50_000, 0.1, 0.4, 0.35))
+    return {
+        name: pl.DataFrame(rows, schema=schema, orient="row")
+        for name, rows, schema in (
+            ("features", features, FEATURE_COLUMNS),
+            ("examples", examples, EXAMPLE_COLUMNS),
+            ("labels", labels, LABEL_COLUMNS),
+        )
+    }
+
+
+def make_transfer(source: SyntheticModel, target: SyntheticModel, metric: str, seed: int = 0) -> TransferResult:
+    """Arrays [source layer, target layer] that decay with the distance in relative depth; matching has all its own."""
+    rng = np.random.default_rng([seed, source.d_sae, target.d_sae, len(metric)])
+    shape = (source.num_layers, target.num_layers)
+    depth = np.abs(np.linspace(0, 1, shape[0])[:, None] - np.linspace(0, 1, shape[1])[None, :])
+    value = np.exp(-3 * depth) * (0.9 if source == target else 0.5) + 0.02 * rng.random(shape)
+    arrays = {
+        "value": value,
+        "low": value - 0.03,
+        "high": value + 0.03,
+        "null": np.full(shape, 0.08) + 0.01 * rng.random(shape),
+        "ceiling": np.full(shape, 0.95),
+    }
+    if metric == "matching":
+        full = (*shape, source.d_sae)
+        arrays |= {
+            "partner": rng.integers(0, target.d_sae, full),
+            "correlation": rng.random(full).astype(np.float32),
+            "threshold": np.full(full, 0.2, np.float32),
+            "live": rng.random((shape[0], source.d_sae)) < 0.9,
+        }
+    info = TransferInfo(
+        metric=metric,
+        source=source.name,
+        target=target.name,
+        source_layers=list(range(source.num_layers)),
+        target_layers=list(range(target.num_layers)),
+        quantity={
+            "matching": "share of live features with a partner above the null",
+            "reconstruction": "explained variance of the target layer through a ridge map",
+        }[metric],
+        null="activations shifted by one document",
+        ceiling="another seed at the same layer" if source == target else None,
+        num_tokens=50_000,
+        num_documents=400,
+        coverage=1.0 if source == target else 0.93,
+        seed=seed,
+    )
+    if info.ceiling is None:
+        del arrays["ceiling"]
+    return TransferResult(info, arrays)
+
+
+def make_trace(model: SyntheticModel, prompt: str = PROMPT, *, correct: bool = True, seed: int = 0) -> Trace:
+    """Three features a layer; one in three without a label."""
+    rng = np.random.default_rng([seed, model.d_model, len(prompt)])
+    answer = "42" if correct else "41"
+    pieces = [*PROMPT_TOKENS, *(" 4", answer[1], "<end>")]
+    tokens, start = [], 0
+    for number, piece in enumerate(pieces):
+        tokens.append((number, piece, start, start + len(piece)))
+        start += len(piece)
+    layers = []
+    for layer in range(model.num_layers):
+        features = [
+            ActiveFeature(
+                layer=layer,
+                position=int(rng.integers(0, len(PROMPT_TOKENS))),
+                feature=number,
+                activation=float(0.2 + rng.random() * (1 + layer)),
+                off_value=0.01,
+                effect=float(rng.normal()),
+                predicted_effect=float(rng.normal()),
+                answer_if_off="43" if number == 3 else answer,
+                label=None
+                if number == 7
+                else Label(
+                    text=HOSTILE if (layer, number) == (0, 5) else CONCEPTS[number % len(CONCEPTS)],
+                    source="concepts",
+                    f1=0.97,
+                    precision=0.96,
+                    recall=0.98,
+                    num_positive=900,
+                    base_f1=0.1,
+                    neuron_f1=0.5,
+                    untrained_f1=0.4,
+                ),
+                top_tokens=[" 1", "5", "$"],
+            )
+            for number in (3, 5, 7)
+        ]
+        layers.append(
+            LayerReading(layer=layer, features=features, num_active=4.5, fvu=0.12, error_effect=float(rng.normal() / 5))
+        )
+    return Trace(
+        model=model.name,
+        prompt=prompt,
+        tokens=tokens,
+        num_prompt_tokens=len(PROMPT_TOKENS),
+        answer=answer,
+        answer_probability=0.98 if correct else 0.41,
+        complete=True,
+        expected="42",
+        correct=correct,
+        score=6.2,
+        runner_up="41" if correct else "42",
+        off="its mean at that kind of position",
+        layers=layers,
+        num_verified=3 * model.num_layers,
+        prediction_r=0.91,
+        random_effect=0.05,
+        forced=False,
+        notes=["the counterfactual prompt is What is 15 + 24?"],
+    )
+
+
+def make_comparison(models: tuple[SyntheticModel, ...] = MODELS, prompt: str = PROMPT) -> Comparison:
+    """The prompt in all models; the last model is wrong."""
+    traces = {m.name: make_trace(m, prompt, correct=m != models[-1]) for m in models}
+    features = []
+    for model in models:
+        others = [m.name for m in models if m != model]
+        for number, reading in enumerate(f for layer in traces[model.name].layers for f in layer.features):
+            partners: dict[str, tuple[int, int, float]] = dict.fromkeys(others[: number % 3], (1, 3, 0.62))
+            standing = "universal" if len(partners) == len(others) else "shared" if partners else "specific"
+            features.append(
+                SharedFeature(
+                    model=model.name,
+                    layer=reading.layer,
+                    position=reading.position,
+                    feature=reading.feature,
+                    activation=reading.activation,
+                    effect=reading.effect,
+                    label=reading.label.text if reading.label else "",
+                    partners=partners,
+                    standing=standing,
+                )
+            )
+    return Comparison(
+        prompt=prompt,
+        models=[m.name for m in models],
+        answers={name: trace.answer for name, trace in traces.items()},
+        probabilities={name: trace.answer_probability for name, trace in traces.items()},
+        correct={name: trace.correct for name, trace in traces.items()},
+        features=features,
+        shares={m.name: {"universal": 0.5, "shared": 0.3, "specific": 0.2} for m in models},
+        all_shares={m.name: {"universal": 0.35, "shared": 0.25, "specific": 0.4} for m in models},
+        threshold="Pearson r above the 99.9 % quantile of the shifted null",
+        forced=False,
+        traces=traces,
+    )
+
+
+def make_analysis() -> Analysis:
+    """Two findings, one of them nothing beyond the null."""
+    return Analysis(
+        num_tokens=50_000,
+        seed=0,
+        findings=[
+            Finding(
+                topic="decay",
+                sentence="zoo/tall: matched share falls from 0.91 to 0.12 over 5 layers.",
+                beyond_null=True,
+                numbers={"slope": -0.158, "low": -0.17, "high": -0.14},
+            ),
+            Finding(
+                topic="hubs",
+                sentence="No layer of zoo/wide stands out from the others.",
+                beyond_null=False,
+                numbers={"p": 0.4},
+            ),
+        ],
+    )
+
+
+def build_run(
+    root: Path,
+    models: tuple[SyntheticModel, ...] = MODELS,
+    *,
+    parts: tuple[str, ...] = PARTS,
+    forced: bool = False,
+    contexts: int = 3,
+) -> RunDir:
+    """The run folder at `root` with the `parts` asked for."""
+    run = RunDir.create(root, parse_study(make_study_tree(models)))
+    if forced:
+        run.update_info(forced=True)
+    with run.step("train", "key") as files:
+        files.append("study.yaml")
+    for model in models:
+        if "quality" in parts:
+            for quality in make_qualities(model):
+                run.write_quality(quality)
+        if "tables" in parts:
+            for name, frame in make_tables(model, contexts=contexts).items():
+                run.write_table(model.name, name, frame)
+        if "transfer" in parts:
+            for other in models:
+                for metric in ("reconstruction", "matching"):
+                    run.write_transfer(make_transfer(model, other, metric))
+        if "traces" in parts:
+            run.write_trace(make_trace(model, correct=model != models[-1]))
+    if "comparisons" in parts and len(models) > 1:
+        run.write_comparison(make_comparison(models))
+    if "analysis" in parts:
+        run.write_record("analysis.json", make_analysis())
+    return run
