@@ -28,7 +28,9 @@ def analyze_run(
 def _coverage(model: str, features: pl.DataFrame, labels: pl.DataFrame) -> Finding:
     live = int((features["num_active"] > 0).sum())
     share = len(labels) / max(live, 1)
-    beyond = int((labels["f1"] > labels.select(pl.max_horizontal("base_f1", "neuron_f1", "untrained_f1")).to_series()).sum())
+    beyond = int(
+        (labels["f1"] > labels.select(pl.max_horizontal("base_f1", "neuron_f1", "untrained_f1")).to_series()).sum()
+    )
     return Finding(
         topic="labels",
         sentence=f"{model}: {len(labels)} of {live} live features ({share:.0%}) have a label above the bar; "

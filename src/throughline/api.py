@@ -295,4 +295,3 @@ def _analyze(run: RunDir) -> Analysis | None:
     analysis = analyze_run(results, tables, labels, seed=study.training.seed)
     run.write_record("analysis.json", analysis)
     return analysis
-

@@ -14,7 +14,7 @@ import torch
 from throughline.dictionaries import Dictionary
 from throughline.harvesting import harvest
 from throughline.models import LanguageModel
-from throughline.records import Document
+from throughline.records import Document, role_of
 from throughline.tokens import TokenRows
 
 BATCH_ROWS = 64
@@ -24,7 +24,8 @@ BATCH_ROWS = 64
 class Codes:
     """The kept tokens of a text, N of them in reading order, and their features by layer as a sparse [N, F] matrix.
 
-    `documents_N` numbers the documents, `starts_N` and `ends_N` are characters, `kinds_N` index TOKEN_KINDS.
+    `documents_N` numbers the documents, `starts_N` and `ends_N` are characters, `kinds_N` index TOKEN_KINDS, `roles_N` are
+    kinds told apart by the part of the text (`records.role_of`).
     """
 
     rows: TokenRows
@@ -35,6 +36,7 @@ class Codes:
     starts_N: np.ndarray
     ends_N: np.ndarray
     kinds_N: np.ndarray
+    roles_N: np.ndarray
     layers: dict[int, sp.csr_array]
     residual_LND: np.ndarray | None = None  # the activations themselves, where asked for
 
@@ -73,18 +75,29 @@ def encode_text(
             residuals.append(x_LND.cpu().numpy())
     matrices = {layer: sp.csr_array(sp.vstack(p, format="csr")) for layer, p in parts.items()}
     keep, order = rows.keep, reading_order(rows)
+    documents_N, ends_N, kinds_N = (a[keep][order] for a in (rows.documents, rows.ends, rows.kinds))
     return Codes(
         rows,
         documents,
         ids_N=rows.ids[keep][order],
-        documents_N=rows.documents[keep][order],
+        documents_N=documents_N,
         positions_N=rows.positions[keep][order],
         starts_N=rows.starts[keep][order],
-        ends_N=rows.ends[keep][order],
-        kinds_N=rows.kinds[keep][order],
+        ends_N=ends_N,
+        kinds_N=kinds_N,
+        roles_N=_roles(documents, documents_N, ends_N, kinds_N),
         layers={layer: matrix[order] for layer, matrix in matrices.items()},
         residual_LND=np.concatenate(residuals, axis=1)[:, order] if keep_residuals else None,
     )
+
+
+def _roles(
+    documents: Sequence[Document], documents_N: np.ndarray, ends_N: np.ndarray, kinds_N: np.ndarray
+) -> np.ndarray:
+    """Roles of tokens in reading order. The answer's part begins with the token that ends where the answer starts."""
+    nowhere = np.iinfo(np.int64).max
+    starts = np.array([nowhere if d.answer_start is None else d.answer_start for d in documents])
+    return role_of(kinds_N.astype(np.int64), ends_N >= starts[documents_N])
 
 
 def reading_order(rows: TokenRows) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 from throughline.codes import Codes
 from throughline.dictionaries import Dictionary
 from throughline.models import LanguageModel
-from throughline.records import EXAMPLE_COLUMNS, FEATURE_COLUMNS, TOKEN_KINDS
+from throughline.records import EXAMPLE_COLUMNS, FEATURE_COLUMNS, NUM_ROLES
 
 QUANTILES = (0.9, 0.7, 0.5, 0.3, 0.1)
 WINDOW = 12  # tokens shown before the focus; half as many after
@@ -41,11 +41,6 @@ def _statistics(codes: Codes, layer: int) -> dict:
     num_features = matrix.shape[1]
     counts = np.diff(matrix.indptr)
     sums = np.asarray(matrix.sum(axis=0)).ravel()
-    by_kind = sp.csr_array((np.ones(codes.num_tokens), (codes.kinds_N, np.arange(codes.num_tokens))))
-    kind_sums = np.zeros((len(TOKEN_KINDS), num_features))
-    totals = (by_kind @ codes.layers[layer]).toarray()
-    kind_sums[: len(totals)] = totals
-    kind_counts = np.bincount(codes.kinds_N, minlength=len(TOKEN_KINDS))
     top_tokens, shares = _top_tokens(codes, layer)
     return {
         "layer": np.full(num_features, layer),
@@ -57,8 +52,17 @@ def _statistics(codes: Codes, layer: int) -> dict:
         "max": matrix.max(axis=0).toarray().ravel(),
         "top_tokens": top_tokens,
         "top_token_share": shares,
-        "kind_means": (kind_sums / np.maximum(kind_counts, 1)[:, None]).T.tolist(),
+        "role_means": _role_means(codes, layer).tolist(),
     }
+
+
+def _role_means(codes: Codes, layer: int) -> np.ndarray:
+    """Mean activation of each feature over the tokens of each role, [F, roles]; over all tokens where a role is empty."""
+    tokens = np.arange(codes.num_tokens)
+    by_role = sp.csr_array((np.ones(len(tokens)), (codes.roles_N, tokens)), shape=(NUM_ROLES, len(tokens)))
+    sums = (by_role @ codes.layers[layer]).toarray()
+    counts = np.bincount(codes.roles_N, minlength=NUM_ROLES)[:, None]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), sums.sum(0) / len(tokens)).T
 
 
 def _top_tokens(codes: Codes, layer: int) -> tuple[list[list[str]], list[float]]:

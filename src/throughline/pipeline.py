@@ -226,7 +226,10 @@ def _label(session: Session, name: str) -> pl.DataFrame:
     labelers = [LABELERS.load(labeler)() for labeler in session.study.features.labelers]
     tables = []
     for column, layer in enumerate(session.dictionaries(name)):
-        texts = [_layer_text(session, name, layer, column, codes) for codes in (session.selection(name), session.sample(name))]
+        texts = [
+            _layer_text(session, name, layer, column, codes)
+            for codes in (session.selection(name), session.sample(name))
+        ]
         tables += [labeler.label(*texts) for labeler in labelers]
     return pl.concat(tables).sort("layer", "feature", "source")
 
@@ -321,9 +324,7 @@ def compare(session: Session, prompt: str, models: list[str] | None = None, forc
     if len(names) < 2:
         raise InputError(f"compare needs two models or more; this run has {', '.join(names)}")
     traces = {session.study.model(name).name: trace(session, prompt, name, force) for name in names}
-    matches = {
-        (a, b): session.run.transfer("matching", a, b) for a in traces for b in traces if a != b
-    }
+    matches = {(a, b): session.run.transfer("matching", a, b) for a in traces for b in traces if a != b}
     comparison = compare_traces(traces, matches)
     session.run.write_comparison(comparison)
     return comparison

@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -92,7 +92,7 @@ FEATURE_COLUMNS = {
     "top_token_share": pl.Float64,  # share of its activation on the first of them
     "promoted": pl.List(pl.String),  # tokens its decoder row raises most through the unembedding
     "suppressed": pl.List(pl.String),
-    "kind_means": pl.List(pl.Float64),  # mean activation over held-out tokens of each of TOKEN_KINDS
+    "role_means": pl.List(pl.Float64),  # mean activation over held-out tokens of each role (see `role_of`)
 }
 EXAMPLE_COLUMNS = {
     "layer": pl.Int32,
@@ -113,13 +113,15 @@ LABEL_COLUMNS = {
     "f1": pl.Float64,  # on held-out text; feature, threshold and predicate were chosen on other text
     "precision": pl.Float64,
     "recall": pl.Float64,
-    "threshold": pl.Float64,
+    "threshold": pl.Float64,  # activation above which the label speaks
     "num_positive": pl.Int64,  # held-out tokens of which the label is true
     "num_tokens": pl.Int64,
     "base_f1": pl.Float64,  # F1 of always saying yes
     "neuron_f1": pl.Float64,  # best single coordinate of the residual stream
     "untrained_f1": pl.Float64,  # best feature of an untrained dictionary of the same shape
 }
+
+
 def best_labels(labels: pl.DataFrame, bar: float) -> pl.DataFrame:
     """The best-scored label of each feature, if it reaches `bar`."""
     reached = labels.filter(pl.col("f1") >= bar)
@@ -129,6 +131,16 @@ def best_labels(labels: pl.DataFrame, bar: float) -> pl.DataFrame:
 
 
 TOKEN_KINDS = ("number", "word", "punctuation", "space", "other")
+PARTS = ("question", "answer")  # the answer's part begins with the last token before it, where it is decided
+NUM_ROLES = len(TOKEN_KINDS) * len(PARTS)
+
+
+def role_of(kind: Any, in_answer: Any) -> Any:
+    """The role of a token, or of an array of them: its kind, and the part of the text it stands in.
+
+    This is what "the same kind of position" means wherever features are averaged or shuffled.
+    """
+    return kind + len(TOKEN_KINDS) * in_answer
 
 
 class TransferInfo(Record):
@@ -204,10 +216,10 @@ class ActiveFeature(Record):
 
 
 class LayerReading(Record):
-    """The features of one layer shown in a trace, most influential first, and what the dictionary leaves out."""
+    """One layer of a trace: its most influential features, its most influential labelled ones, and what is left out."""
 
     layer: int
-    features: list[ActiveFeature]
+    features: list[ActiveFeature]  # largest predicted effects first; then labelled ones that are not among these
     num_active: float  # features active per token, mean over the prompt
     fvu: float  # of the dictionary on this prompt's tokens
     error_effect: float  # change of the answer score when the reconstruction error is left out at all positions

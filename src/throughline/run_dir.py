@@ -221,9 +221,7 @@ class RunDir:
 
     def write_comparison(self, comparison: Comparison) -> str:
         """Save a comparison."""
-        return self.write_record(
-            f"traces/compare-{_digest(*comparison.models, comparison.prompt)}.json", comparison
-        )
+        return self.write_record(f"traces/compare-{_digest(*comparison.models, comparison.prompt)}.json", comparison)
 
     def comparisons(self) -> list[Comparison]:
         """All saved comparisons, in a fixed order."""

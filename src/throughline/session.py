@@ -116,7 +116,5 @@ class Session:
         key = (name, which)
         if key not in self._codes:
             rows = self.rows(name, documents)
-            self._codes[key] = encode_text(
-                self.model(name), self.dictionaries(name), rows, documents, keep_residuals
-            )
+            self._codes[key] = encode_text(self.model(name), self.dictionaries(name), rows, documents, keep_residuals)
         return self._codes[key]

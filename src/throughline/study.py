@@ -46,7 +46,9 @@ class DictionarySpec(Section):
     expansion: float = Field(8, gt=0)
     d_sae: int | None = Field(None, ge=1)
     k: int = Field(32, ge=1)  # active features per token (topk)
-    l1: float | L1Schedule = 5.0  # coefficient of |f| times decoder norm (relu), activations scaled to mean norm sqrt(d)
+    l1: float | L1Schedule = (
+        5.0  # coefficient of |f| times decoder norm (relu), activations scaled to mean norm sqrt(d)
+    )
     per_layer: dict[int, DictionaryOverride] = {}
 
     def width(self, d_model: int) -> int:
@@ -198,7 +200,9 @@ class Study(Section):
         folders = [re.sub(r"[^A-Za-z0-9._-]+", "-", n) for n in names]  # as run_dir writes them
         twice = {n for n, f in zip(names, folders, strict=True) if folders.count(f) > 1}
         if twice:
-            raise ValueError(f"models need different names (letters and digits count), found {', '.join(sorted(twice))} twice")
+            raise ValueError(
+                f"models need different names (letters and digits count), found {', '.join(sorted(twice))} twice"
+            )
         return self
 
     def model(self, name: str | None) -> ModelSpec:

@@ -88,7 +88,12 @@ def run(
 
 @app.command()
 def train(
-    study: Study, out: Out = None, settings: Set = None, resume: Resume = False, device: Device = None, quiet: Quiet = False
+    study: Study,
+    out: Out = None,
+    settings: Set = None,
+    resume: Resume = False,
+    device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train dictionaries on every wanted layer of every model."""
     from throughline import api
@@ -122,7 +127,9 @@ def evaluate(run: Run, device: Device = None, quiet: Quiet = False, as_json: AsJ
 
 
 @app.command()
-def features(run: Run, force: Force = False, device: Device = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+def features(
+    run: Run, force: Force = False, device: Device = None, quiet: Quiet = False, as_json: AsJson = False
+) -> None:
     """Statistics and contexts of every feature."""
     from throughline import api
 
@@ -151,7 +158,9 @@ def label(run: Run, force: Force = False, device: Device = None, quiet: Quiet = 
 @app.command()
 def transfer(
     run: Run,
-    metric: Annotated[str | None, typer.Option(help="one metric, or mypackage.module:Metric", show_default=False)] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="one metric, or mypackage.module:Metric", show_default=False)
+    ] = None,
     force: Force = False,
     device: Device = None,
     quiet: Quiet = False,

@@ -110,7 +110,9 @@ def transfers(results: list[TransferResult]) -> None:
 def status(found: dict[str, Any]) -> None:
     """The grid of a run."""
     out = console()
-    out.print(f"{found['name']}  ({found['folder']})" + ("  gate overridden" if found["forced"] else ""), soft_wrap=True)
+    out.print(
+        f"{found['name']}  ({found['folder']})" + ("  gate overridden" if found["forced"] else ""), soft_wrap=True
+    )
     table = Table("model", "layers", "train", "evaluate", "features", "label", "now", box=None, pad_edge=False)
     for name, model in found["models"].items():
         where, steps = model["progress"], model["steps"]
@@ -144,7 +146,9 @@ def trace(found: Trace) -> None:
         if not reading.features:
             out.print(head + "no feature is active")
     out.print()
-    prediction = "" if found.prediction_r is None else f"; predicted and measured agree with r = {found.prediction_r:.2f}"
+    prediction = (
+        "" if found.prediction_r is None else f"; predicted and measured agree with r = {found.prediction_r:.2f}"
+    )
     out.print(
         f"if off: measured change of the answer's logit lead ({found.score:+.1f}) when the feature is set to {found.off}"
         f"; {found.num_verified} measured{prediction}; a random active feature changes it by {found.random_effect:.2f}.",
@@ -172,7 +176,17 @@ def comparison(found: Comparison) -> None:
     """Models side by side on one prompt, and which of their features have counterparts."""
     out = console()
     out.print(Text(f'Input: "{found.prompt}"'), soft_wrap=True)
-    columns = ("model", "answer", "p", "universal", "shared", "specific", "all features: universal", "shared", "specific")
+    columns = (
+        "model",
+        "answer",
+        "p",
+        "universal",
+        "shared",
+        "specific",
+        "all features: universal",
+        "shared",
+        "specific",
+    )
     table = Table(*columns, box=None, pad_edge=False)
     for model in found.models:
         mine, all_features = found.shares[model], found.all_shares[model]

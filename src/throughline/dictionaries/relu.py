@@ -1,6 +1,6 @@
 """ReLU with an L1 penalty, weighted by decoder norms (Anthropic's April 2024 update).
 
-    loss = (|x - x_hat|^2 + lambda * sum_f f |W_dec,f|) / D        lambda grows from 0 over the first tenth
+loss = (|x - x_hat|^2 + lambda * sum_f f |W_dec,f|) / D        lambda grows from 0 over the first tenth
 """
 
 from typing import Any

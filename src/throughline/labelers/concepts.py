@@ -1,7 +1,7 @@
 """Labels from a vocabulary of predicates: what is true of the text at a token.
 
 The vocabulary is read off the selection text: the documents' facts (a digit at its place, the operator, carry and borrow, the
-digits the answer will have), the token itself, the token before it, the kind of token, and the start of the text.
+digits the answer will have), the token itself, the ones before and after it, the kind of token, and the start of the text.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from throughline.labelers.scoring import (
 from throughline.records import TOKEN_KINDS
 
 MOST_POSITIVE = 0.9  # share of tokens; what is nearly always true says nothing
-MOST_TOKENS = 300  # of the most frequent tokens, as themselves and as predecessors
+MOST_TOKENS = 300  # the most frequent ones, as the token itself, the one before and the one after
 
 
 class Concepts:
@@ -53,7 +53,7 @@ class Concepts:
             self.name,
             live,
             [words[c] for c in at],
-            choice.threshold[live],
+            choice.threshold[live] * maxima[live],
             true_positive[live],
             num_active[live],
             num_positive[at],
@@ -116,7 +116,12 @@ def _token_predicates(codes: Codes) -> dict[str, np.ndarray]:
     found = {"start of text": np.flatnonzero(~same_document)}
     for kind, name in enumerate(TOKEN_KINDS):
         found[f"{name} token"] = np.flatnonzero(codes.kinds_N == kind)
-    for values, wording in ((texts, "token {!r}".format), (before, "after {!r}".format)):
+    following = np.where(np.r_[same_document[1:], False], np.r_[texts[1:], [""]], None)
+    for values, wording in (
+        (texts, "token {!r}".format),
+        (before, "after {!r}".format),
+        (following, "before {!r}".format),
+    ):
         found |= _most_frequent(values, wording)
     return found
 

@@ -43,9 +43,7 @@ class Tokens:
         words = ["tokens " + ", ".join(repr(str(texts[v])) for v in chosen) for chosen in sets]
         num_positive = np.bincount(held_NC.indices, minlength=len(live))
         baselines = Baselines(*measure_baselines(selection, heldout, select_NC, held_NC))
-        return label_table(
-            heldout, self.name, live, words, zeros, true_positive, num_active, num_positive, baselines
-        )
+        return label_table(heldout, self.name, live, words, zeros, true_positive, num_active, num_positive, baselines)
 
 
 def _one_hot(texts: list[str], number: dict[str, int]) -> sp.csr_array:

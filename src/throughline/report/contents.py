@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from throughline.figures.style import color_limits
-from throughline.records import TOKEN_KINDS, ActiveFeature, Comparison, LayerQuality, Trace, TransferResult
+from throughline.records import PARTS, TOKEN_KINDS, ActiveFeature, Comparison, LayerQuality, Trace, TransferResult
 from throughline.report.feature_tables import Strings, describe_features
 from throughline.run_dir import RunDir
 from throughline.study import Study
@@ -59,7 +59,7 @@ def collect(run: RunDir, results: list[TransferResult]) -> dict[str, Any]:
             "analysis": analysis.model_dump() if analysis else None,
             "features": features,
             "strings": list(strings.numbers),
-            "kinds": TOKEN_KINDS,
+            "roles": [f"{kind} in the {part}" for part in PARTS for kind in TOKEN_KINDS],
             "traces": [_describe_trace(trace) for trace in traces],
             "comparisons": [_describe_comparison(comparison, traces) for comparison in comparisons],
         }

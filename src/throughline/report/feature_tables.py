@@ -114,7 +114,7 @@ def _describe_table(features: pl.DataFrame, strings: Strings) -> dict[str, Any]:
     tokens = features["num_tokens"].unique().to_list()
     described: dict[str, Any] = {
         name: features[name].to_list()
-        for name in ("layer", "feature", "density", "num_active", "mean_active", "max", "top_token_share", "kind_means")
+        for name in ("layer", "feature", "density", "num_active", "mean_active", "max", "top_token_share", "role_means")
     }
     described["num_tokens"] = tokens[0] if len(tokens) == 1 else features["num_tokens"].to_list()
     for name in ("top_tokens", "promoted", "suppressed"):

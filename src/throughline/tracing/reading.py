@@ -6,12 +6,13 @@
     4. the nodes with the largest predicted effects are shown, and each is switched off in the real model; as many nodes
        drawn at random are switched off too, as the control
 
-"Off" is the feature's mean over held-out tokens of the same kind (number, word, …): zero would be a state the model never
-sees. Plain gradients predict such interventions best (measured: r 0.97; frozen attention and norms 0.7 to 0.9).
+"Off" is the feature's mean over held-out tokens at the same kind of position (a number in the question, a space before the
+answer, …): zero would be a state the model never sees. Plain gradients predict such interventions best (measured: r 0.97; frozen attention and norms 0.7 to 0.9).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -21,12 +22,14 @@ from torch import Tensor
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.models import LanguageModel
-from throughline.records import TOKEN_KINDS, ActiveFeature, Label, LayerReading, Token, Trace
+from throughline.records import PARTS, TOKEN_KINDS, ActiveFeature, Label, LayerReading, Token, Trace, role_of
 from throughline.tokens import kind_of_text
 from throughline.tracing.answer import Answer, answer_under, find_answer
 
 BATCH = 64
-OFF = "its mean activation over held-out tokens of the same kind ({})"
+OFF = "its mean activation over held-out tokens of the same kind ({}) in the same part of the text ({})"
+NUM_LABELLED = 2  # labelled features shown beyond the most influential ones
+SURE = 0.9  # F1 from which a label is preferred there
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,15 @@ class TraceInputs:
     labels: pl.DataFrame
     seed: int = 0
     forced: bool = False
-    _kind_means: dict[int, np.ndarray] = field(default_factory=dict)
 
-    def kind_means(self, layer: int) -> np.ndarray:
-        """Mean activation of each feature over held-out tokens of each kind, [F, kinds]."""
-        if layer not in self._kind_means:
-            column = self.features.filter(pl.col("layer") == layer).sort("feature")["kind_means"]
-            self._kind_means[layer] = np.array(column.to_list())
-        return self._kind_means[layer]
+    def role_means(self, layer: int) -> np.ndarray:
+        """Mean activation of each feature over held-out tokens of each role, [F, roles]."""
+        column = self.features.filter(pl.col("layer") == layer).sort("feature")["role_means"]
+        return np.array(column.to_list())
+
+    def labels_of(self, layer: int) -> dict[int, dict[str, Any]]:
+        """The label row of each feature of a layer that has one. It speaks only of activations above its threshold."""
+        return {row["feature"]: row for row in self.labels.filter(pl.col("layer") == layer).iter_rows(named=True)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def trace_prompt(
     inputs: TraceInputs,
     prompt: str,
     tokens: Sequence[Token],
-    kinds_of: Sequence[int],
+    kinds: Sequence[int],
     *,
     num_features: int,
     most_answer_tokens: int,
@@ -71,30 +75,26 @@ def trace_prompt(
 ) -> Trace:
     """The layered reading of `prompt`, whose tokens are given, with the measured effect of every shown feature.
 
-    `kinds_of` gives the kind of each token of the prompt (index into TOKEN_KINDS; -1 for special tokens, which are not
+    `kinds` gives the kind of each token of the prompt (index into TOKEN_KINDS; -1 for special tokens, which are not
     read). Raises InputError if the prompt does not fit the model's context.
     """
     model = inputs.model
     answer = find_answer(model, [t.id for t in tokens], most_answer_tokens)
     answer_text = model.tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
-    shown, kinds = _with_answer(model, prompt, tokens, kinds_of, answer)
+    shown, roles = _with_answer(model, prompt, tokens, kinds, answer)
     residuals, gradients, score = _differentiate(inputs, answer)
     rng = np.random.default_rng([inputs.seed, *prompt.encode()])
     nodes, controls, readings = {}, {}, []
     for layer, dictionary in inputs.dictionaries.items():
-        active = _active_nodes(inputs, layer, dictionary, residuals[layer], gradients[layer], kinds)
-        ranked = sorted(active, key=lambda node: -abs(node.predicted))
-        nodes[layer] = ranked[:num_features]
-        picks = rng.choice(len(active), size=min(num_features, len(active)), replace=False)
+        active = _active_nodes(inputs, layer, dictionary, residuals[layer], gradients[layer], roles)
+        nodes[layer] = _choose(active, inputs.labels_of(layer), num_features)
+        picks = rng.choice(len(active), size=min(len(nodes[layer]), len(active)), replace=False)
         controls[layer] = [active[i] for i in picks]
     measured = {layer: _switch_off(inputs, answer, nodes[layer] + controls[layer], score) for layer in nodes}
     for layer, dictionary in inputs.dictionaries.items():
         effects, answers = measured[layer]
-        features = [
-            _describe(inputs, node, effects[i], answers[i])
-            for i, node in enumerate(nodes[layer])
-        ]
-        readings.append(_layer_reading(inputs, answer, layer, dictionary, residuals[layer], kinds, features, score))
+        features = [_describe(inputs, node, effects[i], answers[i]) for i, node in enumerate(nodes[layer])]
+        readings.append(_layer_reading(inputs, answer, layer, dictionary, residuals[layer], roles, features, score))
     random_effects = [abs(e) for layer in nodes for e in measured[layer][0][len(nodes[layer]) :]]
     flat = [f for reading in readings for f in reading.features]
     return Trace(
@@ -109,7 +109,7 @@ def trace_prompt(
         correct=None if expected is None else answer_text.strip() == expected,
         score=score,
         runner_up=model.tokenizer.decode([int(answer.runners_up_C[0])]).strip(),
-        off=OFF.format(", ".join(TOKEN_KINDS)),
+        off=OFF.format(", ".join(TOKEN_KINDS), ", ".join(PARTS)),
         layers=readings,
         num_verified=len(flat),
         prediction_r=_pearson([f.predicted_effect for f in flat], [f.effect for f in flat]),
@@ -120,17 +120,38 @@ def trace_prompt(
 
 
 def _with_answer(
-    model: LanguageModel, prompt: str, tokens: Sequence[Token], kinds_of: Sequence[int], answer: Answer
+    model: LanguageModel, prompt: str, tokens: Sequence[Token], kinds: Sequence[int], answer: Answer
 ) -> tuple[list[Token], np.ndarray]:
-    """Tokens of prompt and answer with the characters they cover, and the kind of each."""
-    shown, kinds, text = list(tokens), list(kinds_of), prompt
+    """Tokens of prompt and answer with the characters they cover, and the role of each (-1: not read).
+
+    The answer's part begins with the last token of the prompt, where the answer is decided, as in `Codes`.
+    """
+    shown, text = list(tokens), prompt
+    roles = [role_of(kind, i == len(tokens) - 1) if kind >= 0 else -1 for i, kind in enumerate(kinds)]
     for i in range(len(answer.answer_ids)):
         so_far = prompt + model.tokenizer.decode(answer.answer_ids[: i + 1], skip_special_tokens=True)
         piece = so_far[len(text) :]
         shown.append(Token(answer.answer_ids[i], piece, len(text), len(so_far)))
-        kinds.append(kind_of_text(piece))
+        roles.append(role_of(kind_of_text(piece), True))
         text = so_far
-    return shown, np.array(kinds)
+    return shown, np.array(roles)
+
+
+def _choose(active: list[_Node], labels: dict[int, dict[str, Any]], num_features: int) -> list[_Node]:
+    """The nodes with the largest predicted effects; then labelled ones, surely labelled first, one per feature."""
+    ranked = sorted(active, key=lambda node: -abs(node.predicted))
+    chosen = ranked[:num_features]
+    shown = {node.feature for node in chosen}
+    labelled = [node for node in ranked if _speaks(labels.get(node.feature), node)]
+    for node in sorted(labelled, key=lambda node: labels[node.feature]["f1"] < SURE):
+        if len(chosen) < num_features + NUM_LABELLED and node.feature not in shown:
+            chosen.append(node)
+            shown.add(node.feature)
+    return chosen
+
+
+def _speaks(label: dict[str, Any] | None, node: _Node) -> bool:
+    return label is not None and node.activation > label["threshold"]
 
 
 def _differentiate(inputs: TraceInputs, answer: Answer) -> tuple[dict[int, Tensor], dict[int, Tensor], float]:
@@ -145,29 +166,27 @@ def _differentiate(inputs: TraceInputs, answer: Answer) -> tuple[dict[int, Tenso
         score = answer.score(output.logits)[0]
         gradients = torch.autograd.grad(score, list(nudges.values()))
     residuals = {layer: output.residuals[layer][0].detach().float() for layer in layers}
-    return residuals, {layer: g[0] for layer, g in zip(layers, gradients, strict=True)}, float(score)
+    return residuals, {layer: g[0] for layer, g in zip(layers, gradients, strict=True)}, float(score.detach())
 
 
 def _active_nodes(
-    inputs: TraceInputs, layer: int, dictionary: Dictionary, x_TD: Tensor, gradient_TD: Tensor, kinds: np.ndarray
+    inputs: TraceInputs, layer: int, dictionary: Dictionary, x_TD: Tensor, gradient_TD: Tensor, roles: np.ndarray
 ) -> list[_Node]:
     f_TF = dictionary.encode(x_TD)
     along_TF = gradient_TD @ dictionary.W_dec.T
-    means_FK, nodes = inputs.kind_means(layer), []
+    means, nodes = inputs.role_means(layer), []
     for position, feature in (f_TF > 0).nonzero().tolist():
-        if kinds[position] < 0:
+        if roles[position] < 0:
             continue
         activation = float(f_TF[position, feature])
-        off = float(means_FK[feature, kinds[position]])
+        off = float(means[feature, roles[position]])
         predicted = (off - activation) * float(along_TF[position, feature])
         nodes.append(_Node(layer, position, feature, activation, off, predicted))
     return nodes
 
 
 @torch.no_grad()
-def _switch_off(
-    inputs: TraceInputs, answer: Answer, nodes: list[_Node], score: float
-) -> tuple[list[float], list[str]]:
+def _switch_off(inputs: TraceInputs, answer: Answer, nodes: list[_Node], score: float) -> tuple[list[float], list[str]]:
     """The measured change of the score, and the answer given, with each node of one layer off; many in one forward pass."""
     model, effects, answers = inputs.model, [], []
     for start in range(0, len(nodes), BATCH):
@@ -208,11 +227,11 @@ def _layer_reading(
     layer: int,
     dictionary: Dictionary,
     x_TD: Tensor,
-    kinds: np.ndarray,
+    roles: np.ndarray,
     features: list[ActiveFeature],
     score: float,
 ) -> LayerReading:
-    read = torch.from_numpy(kinds >= 0).to(x_TD.device)
+    read = torch.from_numpy(roles >= 0).to(x_TD.device)
     f_TF = dictionary.encode(x_TD[read])
     x_hat_TD = dictionary.decode(f_TF)
     variance = float((x_TD[read] - x_TD[read].mean(0)).square().sum())
@@ -234,13 +253,11 @@ def _layer_reading(
 
 
 def _describe(inputs: TraceInputs, node: _Node, effect: float, answer_if_off: str) -> ActiveFeature:
-    here = (pl.col("layer") == node.layer) & (pl.col("feature") == node.feature)
-    found = inputs.labels.filter(here)
+    row = inputs.labels_of(node.layer).get(node.feature)
     label = None
-    if len(found):
-        row = found.row(0, named=True)
-        fields = {name: row[name] for name in Label.model_fields if name != "text"}
-        label = Label(text=row["label"], **fields)
+    if row is not None and _speaks(row, node):
+        label = Label(text=row["label"], **{name: row[name] for name in Label.model_fields if name != "text"})
+    here = (pl.col("layer") == node.layer) & (pl.col("feature") == node.feature)
     return ActiveFeature(
         layer=node.layer,
         position=node.position,

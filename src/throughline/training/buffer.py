@@ -18,9 +18,7 @@ class ShuffleBuffer:
     source comes out exactly once; the last, incomplete batch is dropped.
     """
 
-    def __init__(
-        self, source: Iterator[Float[Tensor, "L N D"]], batch_tokens: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, source: Iterator[Float[Tensor, "L N D"]], batch_tokens: int, generator: torch.Generator) -> None:
         self._source = source
         self._batch = batch_tokens
         self._generator = generator

@@ -5,7 +5,7 @@
     3. the partner of u is argmax_v r[u, v]
     4. null: the same with the target's tokens taken from the next document; the threshold of a layer pair is the 99.9 %
        quantile of these best chance correlations. `null` is the share that passes it when target tokens are shuffled
-       within their kind (number, word, …): what the kind of token alone explains
+       within their role (number in the question, word in the answer, …): what the kind of position alone explains
 Features that fire on fewer than `min_count` aligned tokens are left out: two rare features that meet once correlate perfectly.
 """
 
@@ -38,7 +38,7 @@ class Matching:
         aligned = align(source.codes, target.codes)
         shifted = shift_documents(target.codes, aligned.target_N, by=1)
         rng = np.random.default_rng(seed)
-        shuffled = shuffle_within(target.codes.kinds_N[aligned.target_N], rng)
+        shuffled = shuffle_within(target.codes.roles_N[aligned.target_N], rng)
         here = {layer: m[aligned.source_N] for layer, m in source.codes.layers.items()}
         there = {layer: m[aligned.target_N] for layer, m in target.codes.layers.items()}
         width = max(m.shape[1] for m in here.values())
@@ -64,7 +64,7 @@ class Matching:
             source_layers=source.layers,
             target_layers=target.layers,
             quantity="share of live source features with a partner in the target layer above the null",
-            null="the same share when target tokens are shuffled within their kind (number, word, …)",
+            null="the same share when target tokens are shuffled among the same kind of position (number in the question, …)",
             ceiling=None,
             num_tokens=len(aligned.source_N),
             num_documents=len(np.unique(source.codes.documents_N[aligned.source_N])),

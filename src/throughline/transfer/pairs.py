@@ -95,11 +95,11 @@ def shift_documents(codes: Codes, tokens_N: np.ndarray, by: int) -> np.ndarray:
     return np.where(place < lengths[other], starts[other] + place, -1)
 
 
-def shuffle_within(kinds_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A permutation that moves tokens only among those of their kind."""
-    order = np.arange(len(kinds_N))
-    for kind in np.unique(kinds_N):
-        at = np.flatnonzero(kinds_N == kind)
+def shuffle_within(roles_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A permutation that moves tokens only among those of their role."""
+    order = np.arange(len(roles_N))
+    for role in np.unique(roles_N):
+        at = np.flatnonzero(roles_N == role)
         order[at] = rng.permutation(at)
     return order
 

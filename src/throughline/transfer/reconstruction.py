@@ -49,9 +49,7 @@ class Reconstruction:
                 z_ND = (x_LND[j] - means_LD[j]) * (norms_L[i] / norms_L[j]) + means_LD[i]
                 residual_N, variance_N, l0 = _residuals(dictionary, z_ND, means_LD[i])
                 arrays["value"][i, j] = 1 - float(residual_N.sum() / variance_N.sum())
-                arrays["low"][i, j], arrays["high"][i, j] = _interval(
-                    residual_N, variance_N, documents_N, weights_RB
-                )
+                arrays["low"][i, j], arrays["high"][i, j] = _interval(residual_N, variance_N, documents_N, weights_RB)
                 arrays["l0"][i, j] = l0
                 turned_ND = (z_ND - means_LD[i]) @ rotation_DD + means_LD[i]
                 residual_N, variance_N, _ = _residuals(dictionary, turned_ND, means_LD[i])

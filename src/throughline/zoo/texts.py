@@ -195,9 +195,7 @@ def _consequences(operation: str, slots: dict, answer: int | str) -> list[tuple[
     if operation == "subtract":
         facts.append(("borrow", slots["a"] % 10 < slots["b"] % 10))
     if isinstance(answer, int):
-        facts += [
-            (f"answer {place}", int(digit)) for place, digit in zip(PLACES, reversed(str(answer)), strict=False)
-        ]
+        facts += [(f"answer {place}", int(digit)) for place, digit in zip(PLACES, reversed(str(answer)), strict=False)]
     else:
         facts.append(("answer", answer))
     return facts

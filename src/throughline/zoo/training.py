@@ -95,7 +95,9 @@ def examine(
 def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, which halved the steps to mastery here, and AdamW for everything else."""
     named = list(model.named_parameters())
-    inner = [p for n, p in named if p.ndim == 2 and "emb" not in n and "wte" not in n and "wpe" not in n and "head" not in n]
+    inner = [
+        p for n, p in named if p.ndim == 2 and "emb" not in n and "wte" not in n and "wpe" not in n and "head" not in n
+    ]
     chosen = {id(p) for p in inner}
     others = [p for _, p in named if id(p) not in chosen]
     lr, decay = recipe.learning_rate, recipe.weight_decay
@@ -122,7 +124,9 @@ def _step(model, optimizers, tokenizer, recipe: Recipe, step: int) -> float:
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
             logits_BTV = model(batch.ids_BT, use_cache=False).logits
-        losses = cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), batch.ids_BT[:, 1:].flatten(), reduction="none")
+        losses = cross_entropy(
+            logits_BTV[:, :-1].float().flatten(0, 1), batch.ids_BT[:, 1:].flatten(), reduction="none"
+        )
         loss = (losses * batch.weights_BT[:, 1:].flatten()).sum() / total_weight
         loss.backward()
         loss_sum += loss.item()

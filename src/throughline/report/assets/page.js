@@ -443,7 +443,7 @@ function featureDetail(entry) {
   const here = address(entry.model, entry.layer, entry.feature);
   const others = entry.labels.slice(1);
   const text = (l) => `${quote(data.strings[table.labels.label[l]])} (${data.strings[table.labels.source[l]]})`;
-  const kinds = (table.kind_means[i] || []).map((x, k) => `${data.kinds[k]} ${fmt(x)}`).join(", ");
+  const kinds = (table.role_means[i] || []).map((x, k) => `${data.roles[k]} ${fmt(x)}`).join(", ");
   const fact = (name, value) => [h("dt", {}, name), h("dd", {}, value)];
   const list = (numbers) => (numbers.length ? tokens(numbers) : "–");
   return [
@@ -455,7 +455,7 @@ function featureDetail(entry) {
     h("dl", { class: "facts" },
       fact("active on", `${percent(entry.density, 2)} of held-out tokens (${count(table.num_active[i])} of ${count(column(table.num_tokens, i))})`),
       fact("activation", `largest ${fmt(entry.max)}, mean where active ${fmt(table.mean_active[i])}`),
-      kinds && fact("mean by kind", kinds),
+      kinds && fact("mean by kind of position", kinds),
       fact("active on tokens", [list(table.top_tokens[i]), typeof table.top_token_share[i] === "number" && table.top_tokens[i].length > 0 && h("small", {}, `${percent(table.top_token_share[i], 0)} of its activation is on the first`)]),
       fact("promotes", list(table.promoted[i])), fact("suppresses", list(table.suppressed[i]))),
     h("h3", {}, "Contexts"),
