@@ -171,7 +171,7 @@ def make_transfer(source: SyntheticModel, target: SyntheticModel, metric: str, s
         arrays |= {
             "partner": rng.integers(0, target.d_sae, full),
             "correlation": rng.random(full).astype(np.float32),
-            "threshold": np.full(full, 0.2, np.float32),
+            "threshold": np.full(shape, 0.2),
             "live": rng.random((shape[0], source.d_sae)) < 0.9,
         }
     info = TransferInfo(

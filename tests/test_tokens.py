@@ -268,9 +268,9 @@ def test_the_unknown_token_stands_for_text() -> None:
     ],
 )  # fmt: skip
 def test_the_kind_of_a_token_is_that_of_its_characters(text: str, kind: str) -> None:
-    from throughline.tokens import _kind
+    from throughline.tokens import kind_of_text
 
-    assert TOKEN_KINDS[_kind(text)] == kind
+    assert TOKEN_KINDS[kind_of_text(text)] == kind
 
 
 def test_the_characters_of_one_character_stay_in_one_piece() -> None:

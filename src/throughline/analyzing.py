@@ -17,9 +17,11 @@ def analyze_run(
     findings = [_coverage(model, features[model], labels[model]) for model in features]
     for result in results:
         info = result.info
-        if info.source == info.target and len(info.source_layers) > 2:
+        if not np.isfinite(_pairs(result)).any():
+            findings.append(_nothing(result))
+        elif info.source == info.target and len(info.source_layers) > 2:
             findings += [_decay(result), _universal_layer(result)]
-        elif info.source != info.target:
+        elif info.metric == "matching" and info.source != info.target:
             findings.append(_across(result))
     tokens = max((r.info.num_tokens for r in results), default=0)
     return Analysis(num_tokens=tokens, seed=seed, findings=findings)
@@ -40,22 +42,38 @@ def _coverage(model: str, features: pl.DataFrame, labels: pl.DataFrame) -> Findi
     )
 
 
+def _pairs(result: TransferResult) -> np.ndarray:
+    """Values of the pairs that say something: all of two models, those of different layers of one."""
+    value = result.arrays["value"]
+    return value[~np.eye(len(value), dtype=bool)] if result.info.source == result.info.target else value
+
+
+def _nothing(result: TransferResult) -> Finding:
+    info = result.info
+    return Finding(
+        topic="too little text",
+        sentence=f"{info.source} to {info.target}: {info.metric} relates no two layers; {info.num_tokens} tokens are too few.",
+        beyond_null=False,
+        numbers={"source": info.source, "target": info.target, "metric": info.metric, "n": info.num_tokens},
+    )
+
+
 def _decay(result: TransferResult) -> Finding:
     """Mean value at each distance between layers, against the null at the same distances."""
     info, value, null = result.info, result.arrays["value"], result.arrays["null"]
     distance = np.abs(np.subtract.outer(np.array(info.source_layers), np.array(info.target_layers)))
-    steps = [int(d) for d in np.unique(distance) if d > 0]
-    means = [float(np.nanmean(value[distance == d])) for d in steps]
-    nulls = [float(np.nanmean(null[distance == d])) for d in steps]
-    near, far = means[0], means[-1]
-    worst_low = float(np.nanmin(result.arrays["low"][distance == 1]))
-    beyond = worst_low > nulls[0]
+    known = np.isfinite(value)
+    steps = [int(d) for d in np.unique(distance[known]) if d > 0]
+    means = [_mean(value[distance == d]) for d in steps]
+    nulls = [_mean(null[distance == d]) for d in steps]
+    beyond = bool((result.arrays["low"] > null)[known & (distance == steps[0])].all())
+    near = "between neighbouring layers" if steps[0] == 1 else f"at a distance of {steps[0]} layers"
     sentence = (
-        f"{info.source}: {info.metric} between neighbouring layers is {near:.2f} on average (null {nulls[0]:.2f})"
-        f" and {far:.2f} at a distance of {steps[-1]} (null {nulls[-1]:.2f})"
+        f"{info.source}: {info.metric} {near} is {means[0]:.2f} on average (null {nulls[0]:.2f})"
+        f" and {means[-1]:.2f} at a distance of {steps[-1]} (null {nulls[-1]:.2f})"
     )
     if not beyond:
-        sentence += "; at least one pair of neighbours is not beyond the null"
+        sentence += "; at least one pair of the nearest layers is not beyond the null"
     numbers: dict[str, float | int | str | None] = {"metric": info.metric, "model": info.source, "n": info.num_tokens}
     for d, mean, null_mean in zip(steps, means, nulls, strict=True):
         numbers |= {f"distance {d}": mean, f"null at distance {d}": null_mean}
@@ -68,7 +86,7 @@ def _universal_layer(result: TransferResult) -> Finding:
     off = ~np.eye(len(value), dtype=bool)
 
     def mean_over_others(array: np.ndarray) -> np.ndarray:
-        return np.array([np.nanmean(row[mask]) for row, mask in zip(array, off, strict=True)])
+        return np.array([_mean(row[mask]) for row, mask in zip(array, off, strict=True)])
 
     means, lows, highs = (mean_over_others(result.arrays[name]) for name in ("value", "low", "high"))
     best, worst = int(np.nanargmax(means)), int(np.nanargmin(means))
@@ -98,7 +116,7 @@ def _across(result: TransferResult) -> Finding:
     flat = int(np.nanargmax(value))
     i, j = np.unravel_index(flat, value.shape)
     beyond = bool(result.arrays["low"][i, j] > null[i, j])
-    mean, null_mean = float(np.nanmean(value)), float(np.nanmean(null))
+    mean, null_mean = _mean(value), _mean(null)
     words = (
         f"{info.source} to {info.target}: on average {mean:.0%} of a layer's live features have a partner above the null"
         f" ({null_mean:.0%} by kind of token alone), at best {value[i, j]:.0%}"
@@ -118,3 +136,9 @@ def _across(result: TransferResult) -> Finding:
             "n": info.num_tokens,
         },
     )
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what is not NaN (a pair of layers without live features); NaN if nothing is left."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

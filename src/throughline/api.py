@@ -4,6 +4,7 @@ Functions that compute take a run folder (or a study file to start from), a devi
 and then. They return records; nothing is printed.
 """
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import polars as pl
 
 from throughline.errors import InputError
 from throughline.records import Analysis, Comparison, LayerQuality, Trace, TransferInfo
+from throughline.registry import METRICS, unknown
 from throughline.run_dir import RunDir
 from throughline.study import Study, load_study
 
@@ -41,7 +43,22 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load(run: str | Path) -> RunDir:
+def choose_device(wanted: str | None) -> str:
+    """The wanted device, or the best there is; InputError for one that this machine has not."""
+    if wanted is None:
+        return best_device()
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
+        raise InputError(f"device {wanted!r} is unknown; expected cpu, cuda, cuda:0, cuda:1, … or mps")
+    import torch
+
+    kind, _, number = wanted.partition(":")
+    there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[kind]
+    if int(number or 0) >= there:
+        raise InputError(f"device {wanted} is not there; this machine has {there or 'no'} {kind}; try --device cpu")
+    return wanted
+
+
+def load_run(run: str | Path) -> RunDir:
     """A run folder, opened for reading; InputError if it is none."""
     return RunDir.open(run)
 
@@ -49,7 +66,7 @@ def load(run: str | Path) -> RunDir:
 def init(path: str | Path = "study.yaml", preset: str = "commented") -> Path:
     """Write a study file to start from; InputError if `path` exists."""
     if preset not in PRESETS:
-        raise InputError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+        raise InputError(unknown("preset", preset, list(PRESETS)))
     path = Path(path)
     if path.exists():
         raise InputError(f"{path} exists; give another name")
@@ -67,7 +84,7 @@ def train(
     progress: Callable[[Any], None] = ignore,
 ) -> RunDir:
     """Train the dictionaries of a study; returns the run. InputError if `out` has a run already, unless `resume`."""
-    run = _start(load_study(study, settings), out, resume)
+    run, device = _start(load_study(study, settings), out, resume, device)
     with _session(run, device, say) as session:
         from throughline.pipeline import train_models
 
@@ -115,7 +132,9 @@ def transfer(
     device: str | None = None,
     say: Say = silent,
 ) -> list[TransferInfo]:
-    """Transfer matrices of the study's metrics, or of one."""
+    """Transfer matrices of the study's metrics, or of one. InputError, before anything is computed, if there is no such metric."""
+    if metric:
+        METRICS.load(metric)
     with _session(run, device, say) as session:
         from throughline.pipeline import transfer_models
 
@@ -183,7 +202,7 @@ def run(
     progress: Callable[[Any], None] = ignore,
 ) -> Finished:
     """Train, evaluate, describe, label, relate, trace and report; what is done from the same settings is skipped."""
-    folder = _start(load_study(study, settings), out, resume)
+    folder, device = _start(load_study(study, settings), out, resume, device)
     with _session(folder, device, say) as session:
         from throughline import pipeline
 
@@ -207,7 +226,7 @@ def demo(
 ) -> Finished:
     """The whole road on the four bundled models, offline. `short` takes one model and a fifth of the text."""
     preset = str(files("throughline") / "presets" / "demo.yaml")
-    settings = list(SHORT_DEMO) if short else []
+    settings: list[str] = list(SHORT_DEMO) if short else []
     return run(preset, out, settings, resume=True, device=device, say=say, progress=progress)
 
 
@@ -221,7 +240,8 @@ SHORT_DEMO = (
 
 
 def status(run: str | Path | RunDir) -> dict[str, Any]:
-    """What is done, running, waiting or failed: for each model its layers' states and, while it trains, where it is."""
+    """What is done, running, waiting, stopped or failed: for each model its steps, its layers' states and gates, where its
+    training is, and why it failed."""
     opened = run if isinstance(run, RunDir) else RunDir.open(run)
     study, manifest = opened.study(), opened.manifest()
     progress = opened.read_json("progress.json") if opened.exists("progress.json") else {}
@@ -232,20 +252,40 @@ def status(run: str | Path | RunDir) -> dict[str, Any]:
         where = progress.get(name)
         if steps["train"]:
             state = "done"
+        elif where and "failed" in where:
+            state = "failed"
         elif where and time.time() - where["at"] < STALE_SECONDS:
             state = "running"
         else:
             state = "stopped" if where else "waiting"
-        quality = {q.layer: q.model_dump() for q in opened.quality(name)} if steps["evaluate"] else {}
-        models[name] = {"state": state, "steps": steps, "progress": where, "quality": quality}
+        quality = {q.layer: q for q in opened.quality(name)} if steps["evaluate"] else {}
+        wanted = [] if spec.layers == "all" else spec.layers
+        known = opened.trained_layers(name) or (where or {}).get("layers") or wanted
+        models[name] = {
+            "state": state,
+            "failed": (where or {}).get("failed") if state == "failed" else None,
+            "steps": steps,
+            "progress": where if state in ("running", "stopped") else None,
+            "layers": {
+                layer: {"state": state, "gate": quality[layer].gate if layer in quality else None} for layer in known
+            },
+        }
     return {"name": study.name, "folder": str(opened.root), "models": models, "forced": opened.info().forced}
 
 
 STALE_SECONDS = 60.0
 
 
-def _start(study: Study, out: str | Path | None, resume: bool) -> RunDir:
-    folder = Path(out) if out else Path("runs") / study.name
+def folder_of(study: Study, out: str | Path | None) -> Path:
+    """Where a study's run lies: `out`, or runs/<name>."""
+    return Path(out) if out else Path("runs") / study.name
+
+
+def _start(study: Study, out: str | Path | None, resume: bool, device: str | None) -> tuple[RunDir, str]:
+    """The run's folder, made only when everything that can be checked is right, and the device."""
+    folder = folder_of(study, out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder with --out")
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "run.json").exists():
             raise InputError(f"{folder} is not empty and not a run folder; give another with --out")
@@ -253,8 +293,9 @@ def _start(study: Study, out: str | Path | None, resume: bool) -> RunDir:
             raise InputError(f"{folder} holds a run already; continue it with --resume, or give another with --out")
     from throughline.pipeline import check_study
 
+    chosen = choose_device(device)
     check_study(study)
-    return RunDir.create(folder, study)
+    return RunDir.create(folder, study), chosen
 
 
 @contextmanager
@@ -262,7 +303,7 @@ def _session(run: str | Path | RunDir, device: str | None, say: Say) -> Iterator
     opened = run if isinstance(run, RunDir) else RunDir.open(run)
     from throughline.session import Session
 
-    yield Session(opened, device or best_device(), say)
+    yield Session(opened, choose_device(device), say)
 
 
 def _require_trained(session: Any) -> None:

@@ -101,9 +101,17 @@ def _roles(
 
 
 def reading_order(rows: TokenRows) -> np.ndarray:
-    """The order that brings the kept tokens of packed rows, taken row by row, into that of the documents."""
-    keep = rows.keep
-    return np.lexsort((rows.positions[keep], rows.starts[keep], rows.documents[keep]))
+    """The order that brings the kept tokens of packed rows, taken row by row, into that of the documents.
+
+    Special tokens cover no characters, so pieces are ordered by where they end and tokens by their position; a piece that is
+    the end of a text alone comes last.
+    """
+    real = rows.pieces >= 0
+    pieces, documents, positions = rows.pieces[rows.keep], rows.documents[rows.keep], rows.positions[rows.keep]
+    ends = np.zeros(rows.pieces.max(initial=-1) + 1, dtype=np.int64)
+    np.maximum.at(ends, rows.pieces[real], rows.ends[real])
+    ends[ends == 0] = np.iinfo(np.int64).max
+    return np.lexsort((positions, pieces, ends[pieces], documents))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ tokens of held-out text), if it is above the threshold of that pair of layers. W
 universal, with some shared, with none specific. The same shares over all live features are the base rate to compare with.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -13,14 +13,6 @@ from throughline.records import Comparison, SharedFeature, Trace, TransferResult
 
 Standing = Literal["universal", "shared", "specific"]
 STANDINGS: tuple[Standing, ...] = ("universal", "shared", "specific")
-
-
-class Partner(NamedTuple):
-    """The best counterpart of a feature in another model."""
-
-    layer: int
-    feature: int
-    correlation: float
 
 
 def compare_traces(traces: dict[str, Trace], matches: dict[tuple[str, str], TransferResult]) -> Comparison:
@@ -34,7 +26,7 @@ def compare_traces(traces: dict[str, Trace], matches: dict[tuple[str, str], Tran
         features += mine
         shares[model] = {s: _share([f.standing == s for f in mine]) for s in STANDINGS}
         all_shares[model] = _base_rates(model, others, best, matches)
-    first = next(iter(matches.values()))
+    infos = [result.info for result in matches.values()]
     return Comparison(
         prompt=next(iter(traces.values())).prompt,
         models=models,
@@ -44,7 +36,7 @@ def compare_traces(traces: dict[str, Trace], matches: dict[tuple[str, str], Tran
         features=features,
         shares=shares,
         all_shares=all_shares,
-        threshold=f"{first.info.details['threshold']}, over {first.info.num_tokens:,} tokens or more",
+        threshold=f"{infos[0].details['threshold']}, over {min(i.num_tokens for i in infos):,} tokens or more",
         forced=any(t.forced for t in traces.values()),
         traces=traces,
     )
@@ -94,7 +86,7 @@ def _standing(num_partners: int, num_others: int) -> Standing:
 
 def _base_rates(model: str, others: list[str], best: dict, matches: dict) -> dict[str, float]:
     live = matches[model, others[0]].arrays["live"]
-    count = sum((best[model, other][0] >= 0).astype(int) for other in others)
+    count = np.sum([best[model, other][0] >= 0 for other in others], axis=0)
     return {s: _share([_standing(int(c), len(others)) == s for c in count[live]]) for s in STANDINGS}
 
 

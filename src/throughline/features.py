@@ -14,7 +14,7 @@ import torch
 from throughline.codes import Codes
 from throughline.dictionaries import Dictionary
 from throughline.models import LanguageModel
-from throughline.records import EXAMPLE_COLUMNS, FEATURE_COLUMNS, NUM_ROLES
+from throughline.records import EXAMPLE_COLUMNS, FEATURE_COLUMNS, NUM_ROLES, TOKEN_KINDS
 
 QUANTILES = (0.9, 0.7, 0.5, 0.3, 0.1)
 WINDOW = 12  # tokens shown before the focus; half as many after
@@ -57,12 +57,18 @@ def _statistics(codes: Codes, layer: int) -> dict:
 
 
 def _role_means(codes: Codes, layer: int) -> np.ndarray:
-    """Mean activation of each feature over the tokens of each role, [F, roles]; over all tokens where a role is empty."""
+    """Mean activation of each feature over the tokens of each role, [F, roles].
+
+    Where no token has a role, it is the mean over the same kind in the other part; where there is none either, over all.
+    """
     tokens = np.arange(codes.num_tokens)
     by_role = sp.csr_array((np.ones(len(tokens)), (codes.roles_N, tokens)), shape=(NUM_ROLES, len(tokens)))
     sums = (by_role @ codes.layers[layer]).toarray()
     counts = np.bincount(codes.roles_N, minlength=NUM_ROLES)[:, None]
-    return np.where(counts > 0, sums / np.maximum(counts, 1), sums.sum(0) / len(tokens)).T
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    other_part = np.roll(means, len(TOKEN_KINDS), axis=0)
+    means = np.where(np.isnan(means), other_part, means)
+    return np.where(np.isnan(means), sums.sum(0) / len(tokens), means).T
 
 
 def _top_tokens(codes: Codes, layer: int) -> tuple[list[list[str]], list[float]]:
@@ -132,7 +138,7 @@ def _choose(codes: Codes, tokens: np.ndarray, values: np.ndarray, num_contexts: 
     top = tokens[order[np.sort(first)[:num_contexts]]]
     chosen = [("top", rank, int(token)) for rank, token in enumerate(top)]
     for quantile in QUANTILES[:num_contexts]:
-        token = int(tokens[order[int((1 - quantile) * (len(order) - 1))]])
+        token = int(tokens[order[round((1 - quantile) * (len(order) - 1))]])
         chosen.append((f"{quantile:.2f}", 0, token))
     return chosen
 

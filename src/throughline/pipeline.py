@@ -9,10 +9,8 @@ setting redoes exactly what it touches.
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from torch import Tensor
 from throughline.codes import Codes, encode_csr
 from throughline.comparing import compare_traces
 from throughline.dictionaries import save_dictionary, untrained_like
-from throughline.errors import InputError
+from throughline.errors import InputError, ThroughlineError
 from throughline.executors.local import run_jobs
 from throughline.features import describe_features
 from throughline.harvesting import harvest
@@ -33,7 +31,7 @@ from throughline.run_dir import digest_key
 from throughline.session import Session
 from throughline.study import ModelSpec, Study
 from throughline.text import read_documents
-from throughline.tokens import encode_prompt, kind_of_text, stream_rows, take_documents
+from throughline.tokens import encode_prompt, open_tokenizer, stream_rows, take_documents
 from throughline.tracing import TraceInputs, check_prompt, trace_prompt
 from throughline.training import Progress, train
 from throughline.transfer import Side
@@ -48,11 +46,23 @@ Report = Callable[[Progress], None]
 
 
 def check_study(study: Study) -> None:
-    """Refuse, before anything is written, what could not be trained: a model, a layer or a text that is not there."""
+    """Refuse, before anything is written, what would fail later: a model, layer or text that is not there, a prompt too long."""
     for spec in study.models:
-        check_model(spec)
+        context = check_model(spec)
+        for prompt in study.trace.prompts:
+            _check_prompt(spec, prompt, context)
     for split in ("train", "heldout"):
         next(read_documents(study.data, split, study.training.seed))
+
+
+def _check_prompt(spec: ModelSpec, prompt: str, context: int | None) -> None:
+    check_prompt(prompt)
+    num_tokens = len(encode_prompt(open_tokenizer(spec.path, spec.revision), prompt))
+    if context is not None and num_tokens >= context:
+        raise InputError(
+            f"trace.prompts: {prompt[:40]!r}… has {num_tokens} tokens; {spec.name} sees {context} and needs at least one "
+            "for the answer"
+        )
 
 
 def train_models(session: Session, report: Report) -> None:
@@ -60,7 +70,18 @@ def train_models(session: Session, report: Report) -> None:
     pending = [spec for spec in session.study.models if not _is_done(session, _train_step(session, spec))]
     for spec in session.study.models:
         session.layers(spec)  # a wrong layer is refused before anything is trained
-    run_jobs(pending, lambda spec: _train_model(session, spec, report), name_of=lambda spec: spec.name)
+        if session.context(spec.name) < session.study.data.context and spec in pending:
+            session.say(f"data.context {session.study.data.context} is {session.context(spec.name)} for {spec.name}")
+    run_jobs(pending, lambda spec: _note_failure(session, spec, report), name_of=lambda spec: spec.name)
+
+
+def _note_failure(session: Session, spec: ModelSpec, report: Report) -> None:
+    """Train; a failure is kept for `throughline status` before it is passed on."""
+    try:
+        _train_model(session, spec, report)
+    except ThroughlineError as error:
+        _note_progress(session, spec.name, {"failed": str(error)})
+        raise
 
 
 def _train_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
@@ -125,13 +146,16 @@ def _progress_keeper(session: Session, report: Report) -> Report:
     """Report a training's progress, and keep the latest of each model for `throughline status`."""
 
     def keep(progress: Progress) -> None:
-        path = session.run.progress_path().name
-        known = session.run.read_json(path) if session.run.exists(path) else {}
-        known[progress.model] = asdict(progress) | {"at": time.time()}
-        session.run.write_json(path, known)
+        _note_progress(session, progress.model, asdict(progress))
         report(progress)
 
     return keep
+
+
+def _note_progress(session: Session, model: str, where: dict[str, Any]) -> None:
+    path = session.run.progress_path().name
+    known = session.run.read_json(path) if session.run.exists(path) else {}
+    session.run.write_json(path, known | {model: where | {"at": time.time()}})
 
 
 def _saelens_metadata(session: Session, spec: ModelSpec, layer: int) -> dict[str, Any]:
@@ -294,10 +318,9 @@ def trace(session: Session, prompt: str, model: str | None, force: bool = False)
     name = session.study.model(model).name
     session.require_gate(force)
     features = session.run.table(name, "features")
+    _require_current(session, name)
     labels = best_labels(session.run.table(name, "labels"), session.study.features.bar)
     opened = session.model(name)
-    tokens = encode_prompt(opened.tokenizer, prompt)
-    kinds = [kind_of_text(token.text) if token.end > token.start else -1 for token in tokens]
     found = trace_prompt(
         TraceInputs(
             opened,
@@ -308,8 +331,6 @@ def trace(session: Session, prompt: str, model: str | None, force: bool = False)
             forced=session.run.info().forced,
         ),
         prompt,
-        tokens,
-        kinds,
         num_features=session.study.trace.features,
         most_answer_tokens=session.study.trace.answer_tokens,
         expected=solve(prompt),
@@ -320,14 +341,25 @@ def trace(session: Session, prompt: str, model: str | None, force: bool = False)
 
 def compare(session: Session, prompt: str, models: list[str] | None = None, force: bool = False) -> Comparison:
     """One prompt in several models, side by side; saved in the run with the traces it was made from."""
-    names = models or [spec.name for spec in session.study.models]
+    asked = models or [spec.name for spec in session.study.models]
+    names = list(dict.fromkeys(session.study.model(name).name for name in asked))
     if len(names) < 2:
-        raise InputError(f"compare needs two models or more; this run has {', '.join(names)}")
-    traces = {session.study.model(name).name: trace(session, prompt, name, force) for name in names}
-    matches = {(a, b): session.run.transfer("matching", a, b) for a in traces for b in traces if a != b}
-    comparison = compare_traces(traces, matches)
+        raise InputError(f"compare needs two models or more, found {', '.join(names)}")
+    matches = {(a, b): session.run.transfer("matching", a, b) for a in names for b in names if a != b}
+    comparison = compare_traces({name: trace(session, prompt, name, force) for name in names}, matches)
     session.run.write_comparison(comparison)
     return comparison
+
+
+def _require_current(session: Session, name: str) -> None:
+    """Refuse tables that were made from other settings than the run's study has now."""
+    spec, manifest = session.study.model(name), session.run.manifest()
+    for step, key in (_train_step(session, spec), _features_step(session, spec), _label_step(session, spec)):
+        if step in manifest and manifest[step].key != key:
+            raise InputError(
+                f"{step} of this run was made from other settings than its study has now; "
+                f"`throughline run STUDY --out {session.run.root} --resume` makes it again"
+            )
 
 
 def trace_prompts(session: Session, force: bool) -> None:
@@ -338,10 +370,11 @@ def trace_prompts(session: Session, force: bool) -> None:
         if all((name, prompt) in known for name in names) and not _is_stale(session):
             continue
         session.say(f"tracing {prompt!r}")
-        if len(names) > 1:
+        if len(names) > 1 and "matching" in session.study.transfer.metrics:
             compare(session, prompt, force=force)
         else:
-            trace(session, prompt, names[0], force)
+            for name in names:
+                trace(session, prompt, name, force)
 
 
 def _is_stale(session: Session) -> bool:

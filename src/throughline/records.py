@@ -165,8 +165,8 @@ class TransferInfo(Record):
 class TransferResult:
     """Arrays [source layer, target layer] named value, low, high (95 % bootstrap interval), null, ceiling; and a metric's own.
 
-    `matching` adds partner and correlation [source layer, target layer, source feature], threshold [source layer, target
-    layer, source feature] and live [source layer, source feature].
+    `matching` adds threshold [source layer, target layer], partner and correlation [source layer, target layer, source
+    feature], and live [source layer, source feature].
     """
 
     info: TransferInfo

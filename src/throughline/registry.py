@@ -47,8 +47,9 @@ class Registry:
 def unknown(kind: str, name: object, known: list[str]) -> str:
     """`model 'phy' is unknown; did you mean 'phi'? (gpt2, phi, pythia)`."""
     close = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{kind} {name!r} is unknown; {hint}({', '.join(known)})"
+    listed = ", ".join(known)
+    hint = f"did you mean {close[0]!r}? ({listed})" if close else f"expected one of {listed}"
+    return f"{kind} {name!r} is unknown; {hint}"
 
 
 ARCHITECTURES = Registry(

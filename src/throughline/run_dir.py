@@ -8,18 +8,18 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from throughline.errors import DamagedFileError, InputError
@@ -34,7 +34,7 @@ from throughline.records import (
     TransferInfo,
     TransferResult,
 )
-from throughline.study import Study, dump_study, parse_study
+from throughline.study import Study, dump_study, folder_name, parse_study
 
 R = TypeVar("R", bound=Record)
 TABLES = ("features", "examples", "labels")
@@ -91,10 +91,13 @@ class RunDir:
 
     def manifest(self) -> dict[str, StepRecord]:
         """Finished steps by name."""
-        path = self.root / "manifest.json"
-        if not path.exists():
+        if not self.exists("manifest.json"):
             return {}
-        return {name: StepRecord.model_validate(step) for name, step in json.loads(path.read_text()).items()}
+        steps = self.read_json("manifest.json")
+        try:
+            return {name: StepRecord.model_validate(step) for name, step in steps.items()}
+        except (ValueError, AttributeError) as error:
+            raise self._damaged("manifest.json", error) from error
 
     def is_done(self, step: str, key: str, warn: Callable[[str], None] = lambda line: None) -> bool:
         """True if `step` was finished from the same `key` and all its files still match their checksums."""
@@ -109,11 +112,23 @@ class RunDir:
     def check(self, step: str) -> None:
         """Raise DamagedFileError if a file of a finished step is not what was written."""
         record = self.manifest().get(step)
-        for name, checksum in record.files.items() if record else ():
-            if _checksum(self.root / name) != checksum:
-                raise DamagedFileError(
-                    f"{self.root / name} does not match its checksum; `throughline run … --out {self.root} --resume` makes it again"
-                )
+        for name in record.files if record else ():
+            self._check_file(step, name)
+
+    def _check_file(self, step: str, relative: str) -> None:
+        record = self.manifest().get(step)
+        if record and _checksum(self.root / relative) != record.files.get(relative):
+            raise DamagedFileError(f"{self.root / relative} does not match its checksum; {self._redo()}")
+
+    def _damaged(self, relative: str, error: Exception) -> DamagedFileError:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        redo = (
+            self._redo() if relative != "manifest.json" else "delete it, and a run with --resume notes its steps anew"
+        )
+        return DamagedFileError(f"{self.root / relative} is damaged ({reason}); {redo}")
+
+    def _redo(self) -> str:
+        return f"`throughline run STUDY --out {self.root} --resume` makes it again"
 
     @contextmanager
     def step(self, name: str, key: str) -> Iterator[list[str]]:
@@ -138,11 +153,11 @@ class RunDir:
     @staticmethod
     def layer_name(model: str, layer: int) -> str:
         """The same, relative to the run."""
-        return f"models/{_slug(model)}/layer_{layer:02d}"
+        return f"models/{folder_name(model)}/layer_{layer:02d}"
 
     def checkpoint_folder(self, model: str) -> Path:
         """Training state; removed when training is done."""
-        return self.root / "models" / _slug(model) / "checkpoints"
+        return self.root / "models" / folder_name(model) / "checkpoints"
 
     def progress_path(self) -> Path:
         """One JSON line per report of a running training, for `throughline status`."""
@@ -160,52 +175,69 @@ class RunDir:
 
     def quality(self, model: str) -> list[LayerQuality]:
         """The quality of all evaluated layers of a model, by layer."""
-        files = sorted((self.root / "models" / _slug(model)).glob("layer_*/quality.json"))
+        step = self.manifest().get(f"evaluate/{model}")
+        if step is not None:  # layers that an earlier version of the study had are left out
+            return [
+                self.read_record(name, LayerQuality) for name in sorted(step.files) if name.endswith("quality.json")
+            ]
+        files = sorted((self.root / "models" / folder_name(model)).glob("layer_*/quality.json"))
         return [self.read_record(str(f.relative_to(self.root)), LayerQuality) for f in files]
+
+    def trained_layers(self, model: str) -> list[int]:
+        """Layers of a model whose dictionaries are finished."""
+        step = self.manifest().get(f"train/{model}")
+        folders = {PurePosixPath(name).parent.name for name in step.files} if step else set()
+        return sorted(int(folder.removeprefix("layer_")) for folder in folders if folder.startswith("layer_"))
 
     def write_table(self, model: str, table: str, frame: pl.DataFrame) -> str:
         """Save one of TABLES of a model as Parquet; returns the relative name."""
         assert table in TABLES, table
-        relative = f"models/{_slug(model)}/{table}.parquet"
+        relative = f"models/{folder_name(model)}/{table}.parquet"
         with self._replacing(relative) as temporary:
             frame.write_parquet(temporary)
         return relative
 
     def has_table(self, model: str, table: str) -> bool:
         """True if this table of a model was made."""
-        return (self.root / "models" / _slug(model) / f"{table}.parquet").exists()
+        return (self.root / "models" / folder_name(model) / f"{table}.parquet").exists()
 
     def table(self, model: str, table: str) -> pl.DataFrame:
         """One of TABLES of a model; InputError names the command that makes it."""
-        path = self.root / "models" / _slug(model) / f"{table}.parquet"
-        if not path.exists():
-            command = "label" if table == "labels" else "features"
+        relative, command = f"models/{folder_name(model)}/{table}.parquet", "label" if table == "labels" else "features"
+        if not self.exists(relative):
             raise InputError(f"{model} has no {table} yet; `throughline {command} {self.root}` makes them")
-        return pl.read_parquet(path)
+        self._check_file(f"{command}/{model}", relative)
+        try:
+            return pl.read_parquet(self.root / relative)
+        except pl.exceptions.PolarsError as error:
+            raise self._damaged(relative, error) from error
 
     def write_transfer(self, result: TransferResult) -> list[str]:
         """Save a transfer result: arrays and what they mean; returns the relative names."""
         info = result.info
-        stem = f"transfer/{_slug(info.metric)}/{_slug(info.source)}__{_slug(info.target)}"
+        stem = f"transfer/{folder_name(info.metric)}/{folder_name(info.source)}__{folder_name(info.target)}"
         with self._replacing(f"{stem}.safetensors") as temporary:
             save_file({k: np.ascontiguousarray(v) for k, v in result.arrays.items()}, temporary)
         return [f"{stem}.safetensors", self.write_record(f"{stem}.json", info)]
 
     def transfer(self, metric: str, source: str, target: str) -> TransferResult:
         """One transfer result; InputError names the command that makes it."""
-        stem = self.root / "transfer" / _slug(metric) / f"{_slug(source)}__{_slug(target)}"
-        arrays, described = (stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json"))
-        if not described.exists():
+        stem = f"transfer/{folder_name(metric)}/{folder_name(source)}__{folder_name(target)}"
+        if not self.exists(f"{stem}.json"):
             raise InputError(
                 f"no {metric} from {source} to {target} yet; `throughline transfer {self.root}` computes it"
             )
-        info = TransferInfo.model_validate_json(described.read_text(encoding="utf-8"))
-        return TransferResult(info, load_file(arrays))
+        info = self.read_record(f"{stem}.json", TransferInfo)
+        self._check_file(f"transfer/{metric}/{source}/{target}", f"{stem}.safetensors")
+        try:
+            return TransferResult(info, load_file(self.root / f"{stem}.safetensors"))
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(f"{stem}.safetensors", error) from error
 
     def transfers(self) -> list[TransferInfo]:
         """What transfer results there are."""
         files = sorted((self.root / "transfer").glob("*/*.json"))
-        return [TransferInfo.model_validate_json(f.read_text(encoding="utf-8")) for f in files]
+        return [self.read_record(str(f.relative_to(self.root)), TransferInfo) for f in files]
 
     def write_trace(self, trace: Trace) -> str:
         """Save a trace under an id made from its content's origin (model and prompt)."""
@@ -245,14 +277,14 @@ class RunDir:
         try:
             return kind.model_validate_json(self.read_text(relative))
         except ValueError as error:
-            raise DamagedFileError(f"{self.root / relative} is damaged: {str(error).splitlines()[0]}") from error
+            raise self._damaged(relative, error) from error
 
     def read_json(self, relative: str) -> Any:
         """Plain values of a JSON file; DamagedFileError if it is not one."""
         try:
             return json.loads(self.read_text(relative))
         except ValueError as error:
-            raise DamagedFileError(f"{self.root / relative} is damaged: {error}") from error
+            raise self._damaged(relative, error) from error
 
     def write_json(self, relative: str, value: Any) -> str:
         """Save plain values as JSON; returns `relative`."""
@@ -301,10 +333,6 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-
-
 def _checksum(path: Path) -> str | None:
     if not path.is_file():
         return None
@@ -332,5 +360,8 @@ def _commit() -> str | None:
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -29,6 +29,7 @@ class Session:
         self._models: dict[str, LanguageModel] = {}
         self._dictionaries: dict[str, dict[int, Dictionary]] = {}
         self._codes: dict[tuple[str, str], Codes] = {}
+        self._warned = False
 
     def model(self, name: str) -> LanguageModel:
         """The language model called `name`."""
@@ -101,7 +102,9 @@ class Session:
             shown = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
             raise GateError(f"quality gate failed: {shown}. Train longer or wider, or go on with --force")
         self.run.update_info(forced=True)
-        self.say(f"warning: {len(failed)} dictionaries failed the quality gate; every output says so")
+        if not self._warned:
+            self.say(f"warning: {len(failed)} dictionaries failed the quality gate; every output says so")
+            self._warned = True
 
     def _take(self, split: str, seed: int, num_tokens: int) -> list[Document]:
         first = self.study.models[0].name

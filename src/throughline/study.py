@@ -12,7 +12,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from throughline.errors import InputError
-from throughline.registry import ARCHITECTURES, METRICS, unknown
+from throughline.registry import ARCHITECTURES, LABELERS, METRICS, Registry, unknown
+
+LONGEST_SHOWN = 60  # characters of a wrong value that an error repeats
+
+
+def _require_known(kind: str, names: list[str], registry: Registry) -> None:
+    for name in names:
+        if name not in registry.names() and ":" not in name:
+            raise ValueError(unknown(kind, name, registry.names()))
 
 
 class Section(BaseModel):
@@ -33,9 +41,9 @@ class DictionaryOverride(Section):
     """What one model or layer has otherwise than the study's `dictionary`."""
 
     architecture: str | None = None
-    expansion: float | None = Field(None, gt=0)
-    d_sae: int | None = Field(None, ge=1)
-    k: int | None = Field(None, ge=1)
+    expansion: float | None = Field(default=None, gt=0)
+    d_sae: int | None = Field(default=None, ge=1)
+    k: int | None = Field(default=None, ge=1)
     l1: float | L1Schedule | None = None
 
 
@@ -43,9 +51,9 @@ class DictionarySpec(Section):
     """One layer's dictionary: `d_sae` features, or `expansion` times the model's width."""
 
     architecture: str = "topk"
-    expansion: float = Field(8, gt=0)
-    d_sae: int | None = Field(None, ge=1)
-    k: int = Field(32, ge=1)  # active features per token (topk)
+    expansion: float = Field(default=8, gt=0)
+    d_sae: int | None = Field(default=None, ge=1)
+    k: int = Field(default=32, ge=1)  # active features per token (topk)
     l1: float | L1Schedule = (
         5.0  # coefficient of |f| times decoder norm (relu), activations scaled to mean norm sqrt(d)
     )
@@ -69,7 +77,7 @@ class DictionarySpec(Section):
         """A copy in which every key given in `override` replaces this one's."""
         if override is None:
             return self
-        given = override.model_dump(exclude_unset=True)
+        given = override.model_dump(exclude_none=True)
         if "expansion" in given and "d_sae" not in given:
             given["d_sae"] = None
         return DictionarySpec.model_validate(self.model_dump() | given)
@@ -109,21 +117,29 @@ class DataSpec(Section):
     config: str | None = None
     split: str = "train"
     text: str = "{text}"  # how a row becomes a text; a field named answer marks where the answer begins
-    context: int = Field(128, ge=2)  # longest piece of text the model sees at once, in tokens
-    heldout: float = Field(0.1, gt=0, lt=1)  # share of the documents kept for evaluation
+    context: int = Field(default=128, ge=2)  # longest piece of text the model sees at once, in tokens
+    heldout: float = Field(default=0.1, gt=0, lt=1)  # share of the documents kept for evaluation
     keep_special_tokens: bool = False
 
 
 class TrainingSpec(Section):
     """How long and how fast. `tokens` are those of one epoch."""
 
-    tokens: int = Field(2_000_000, ge=1)
-    epochs: int = Field(1, ge=1)
-    batch_tokens: int = Field(4096, ge=1)
+    tokens: int = Field(default=2_000_000, ge=1)
+    epochs: int = Field(default=1, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
     lr: float | Literal["auto"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-    checkpoint_minutes: float = Field(10.0, gt=0)
+    seed: int = Field(default=0, ge=0)
+    checkpoint_minutes: float = Field(default=10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _at_least_one_batch(self) -> Self:
+        if self.batch_tokens > self.tokens * self.epochs:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is more than the {self.tokens * self.epochs} tokens of the training"
+            )
+        return self
 
 
 class GateSpec(Section):
@@ -138,30 +154,33 @@ class GateSpec(Section):
 class EvaluationSpec(Section):
     """Held-out text for quality, features, labels and transfer."""
 
-    tokens: int = Field(200_000, ge=1)
-    spliced_tokens: int = Field(20_000, ge=1)  # for the measures that run the model several times per layer
-    sample_tokens: int = Field(20_000, ge=1)  # for labels and reconstruction, which keep the residual stream
+    tokens: int = Field(default=200_000, ge=1)
+    spliced_tokens: int = Field(default=20_000, ge=1)  # for the measures that run the model several times per layer
+    sample_tokens: int = Field(default=20_000, ge=1)  # for labels and reconstruction, which keep the residual stream
 
 
 class FeatureSpec(Section):
     """What is kept of each feature."""
 
-    contexts: int = Field(6, ge=1)  # examples from the top, and as many spread over the quantiles
+    contexts: int = Field(default=6, ge=1)  # examples from the top, and as many spread over the quantiles
     labelers: list[str] = ["concepts", "tokens"]
-    bar: float = Field(0.7, ge=0, le=1)  # a label scored below is shown as unlabelled, with its top tokens
+    bar: float = Field(default=0.7, ge=0, le=1)  # a label scored below is shown as unlabelled, with its top tokens
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        _require_known("labeler", self.labelers, LABELERS)
+        return self
 
 
 class TransferSpec(Section):
     """Which relations between dictionaries are computed."""
 
     metrics: list[str] = ["reconstruction", "matching"]
-    min_count: int = Field(30, ge=1)  # features active on fewer tokens are left out
+    min_count: int = Field(default=30, ge=1)  # features active on fewer tokens are left out
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        for metric in self.metrics:
-            if metric not in METRICS.names() and ":" not in metric:
-                raise ValueError(unknown("metric", metric, METRICS.names()))
+        _require_known("metric", self.metrics, METRICS)
         return self
 
 
@@ -169,8 +188,8 @@ class TraceSpec(Section):
     """Prompts traced and compared by `throughline run`."""
 
     prompts: list[str] = []
-    features: int = Field(6, ge=1)  # shown per layer
-    answer_tokens: int = Field(8, ge=1)  # longest answer
+    features: int = Field(default=6, ge=1)  # shown per layer
+    answer_tokens: int = Field(default=8, ge=1)  # longest answer
 
 
 class ExecutorSpec(Section):
@@ -197,7 +216,10 @@ class Study(Section):
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         names = [m.name for m in self.models]
-        folders = [re.sub(r"[^A-Za-z0-9._-]+", "-", n) for n in names]  # as run_dir writes them
+        nameless = next((n for n in names if not re.search(r"[A-Za-z0-9]", n)), None)
+        if nameless is not None:
+            raise ValueError(f"a model needs a name with a letter or digit, found {nameless!r}; give it one with name")
+        folders = [folder_name(n) for n in names]
         twice = {n for n, f in zip(names, folders, strict=True) if folders.count(f) > 1}
         if twice:
             raise ValueError(
@@ -232,6 +254,7 @@ def load_study(path: str | Path, settings: list[str] | None = None) -> Study:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} should hold keys and values (name, models, data, …), found {type(tree).__name__}")
+    tree = {key: value for key, value in tree.items() if value is not None or key not in Study.model_fields}
     for setting in settings or []:
         _set(tree, setting)
     study = parse_study(tree, str(path))
@@ -243,7 +266,7 @@ def parse_study(tree: dict, where: str = "study") -> Study:
     try:
         return Study.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{where}: " + "; ".join(_describe(fault, tree) for fault in error.errors())) from None
+        raise InputError(f"{where}: {_describe_all(error)}") from None
 
 
 def dump_study(study: Study) -> str:
@@ -251,17 +274,36 @@ def dump_study(study: Study) -> str:
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def folder_name(name: str) -> str:
+    """A name as it stands in file names; `__` is kept for what lies between two of them."""
+    return re.sub(r"_{2,}", "_", re.sub(r"[^A-Za-z0-9._-]+", "-", name))
+
+
 def _set(tree: dict, setting: str) -> None:
     key, separator, value = setting.partition("=")
     if not separator or not key:
         raise InputError(f"--set expects a.b=value, found {setting!r}")
+    try:
+        plain = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {setting}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")
     node: Any = tree
-    for parent in parents:
-        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            raise InputError(f"--set {setting}: {parent} holds no keys")
-    node[last] = yaml.safe_load(value)
+    for i, parent in enumerate(parents):
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else _item(node, parent)
+        if not isinstance(node, dict | list):
+            raise InputError(f"--set {setting}: {'.'.join(parents[: i + 1])} holds no keys")
+    if isinstance(node, dict):
+        node[last] = plain
+    elif _item(node, last) is not None:
+        node[int(last)] = plain
+    else:
+        raise InputError(f"--set {setting}: {'.'.join(parents)} is a list of {len(node)}, counted from 0")
+
+
+def _item(node: Any, index: str) -> Any:
+    """Item `index` of a list; None if there is no such thing."""
+    return node[int(index)] if isinstance(node, list) and index.isdigit() and int(index) < len(node) else None
 
 
 def _beside(study: Study, folder: Path) -> Study:
@@ -277,8 +319,17 @@ def _beside(study: Study, folder: Path) -> Study:
     )
 
 
-def _describe(fault: Any, tree: dict) -> str:
-    where = ".".join(str(part) for part in fault["loc"] if not _is_branch(part))
+def _describe_all(error: ValidationError) -> str:
+    """Every fault; those of one place, which are the alternatives of a union, as one."""
+    places: dict[str, list[Any]] = {}
+    for fault in error.errors():
+        places.setdefault(".".join(str(part) for part in fault["loc"] if not _is_branch(part)), []).append(fault)
+    # what is wrong inside a section says more than that its union did not fit
+    inner = [where for where in places if not any(other.startswith(f"{where}.") for other in places)]
+    return "; ".join(_describe(where, *places[where]) for where in inner)
+
+
+def _describe(where: str, fault: Any, *others: Any) -> str:
     if fault["type"] == "extra_forbidden":
         known = _keys_at(fault["loc"][:-1])
         close = get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.4)
@@ -286,9 +337,24 @@ def _describe(fault: Any, tree: dict) -> str:
         return f"unknown key {where}; {hint}"
     if fault["type"] == "missing":
         return f"{where} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(fault["input"], dict) else f", found {fault['input']!r}"
-    return f"{where}: {message[:1].lower() + message[1:]}{found}" if where else message
+    messages = [_expectation(f["msg"]) for f in (fault, *others)]
+    expected = " or ".join([messages[0], *(m.removeprefix("input should be ") for m in messages[1:])])
+    if fault["type"] == "value_error":  # our own words, which say what was found
+        return f"{where}: {expected}" if where else expected
+    return f"{where}: {expected}, found {_shorten(fault['input'])}"
+
+
+def _expectation(message: str) -> str:
+    """What pydantic says was expected, as the rest of a sentence."""
+    message = message.removeprefix("Value error, ").partition(", unable to parse")[0]
+    if "a valid dictionary or instance of" in message:
+        return "input should be keys and values"
+    return message.replace("Input should", "input should")
+
+
+def _shorten(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= LONGEST_SHOWN else shown[: LONGEST_SHOWN - 1] + "…"
 
 
 def _is_branch(part: object) -> bool:

@@ -214,7 +214,7 @@ def _read_hub(data: DataSpec) -> Iterator[Row]:
             yield f"{asked}, row {number},", dict(row)
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 - the hub's client raises many kinds, some of them its dependencies'
+    except Exception as error:  # the hub's client raises many kinds, some of them its dependencies'
         raise InputError(
             f"{asked} cannot be read: {_one_line(error)}; check the name and the connection, "
             f"or give a local file or folder ({' '.join(SUFFIXES)})"

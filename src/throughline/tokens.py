@@ -140,7 +140,7 @@ def open_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
             use_fast=True,
             trust_remote_code=False,
         )
-    except Exception as error:  # noqa: BLE001 - the hub's client, the parser and their dependencies have many
+    except Exception as error:  # the hub's client, the parser and their dependencies have many
         at = f" at revision {revision}" if revision else ""
         reason = " ".join(str(error).split())[:240] or type(error).__name__
         raise InputError(

@@ -1,17 +1,16 @@
 """The commands: each parses, calls the function of the same name in `throughline.api`, and prints what it returns."""
 
 import json
+import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from throughline.cli import render
-from throughline.cli.live import Live
-
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -31,12 +30,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+) -> None:
     if version:
-        from importlib.metadata import version as version_of
+        from throughline import __version__
 
-        typer.echo(version_of("throughline"))
+        typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -46,11 +49,12 @@ def demo(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """The whole pipeline on the four bundled models, offline; prints a trace and where the report is."""
+    """All of it on the four bundled models, offline; prints a trace."""
     from throughline import api
+    from throughline.cli import live, render
 
-    with Live(quiet) as live:
-        finished = api.demo(out, short=short, device=device, say=live.say, progress=live.progress)
+    with live.Live(quiet) as news, _figures_of_the_gate(out, quiet):
+        finished = api.demo(out, short=short, device=device, say=news.say, progress=news.progress)
     if not quiet:
         render.finished(finished, model="zoo/pythia")
 
@@ -77,11 +81,12 @@ def run(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train, evaluate, describe, label, relate, trace and report; what is done is skipped."""
+    """Train, evaluate, label, relate, trace and report."""
     from throughline import api
+    from throughline.cli import live, render
 
-    with Live(quiet) as live:
-        finished = api.run(study, out, settings, resume, force, device, live.say, live.progress)
+    with live.Live(quiet) as news, _figures_of_the_gate(out or _default_folder(study, settings), quiet):
+        finished = api.run(study, out, settings, resume, force, device, news.say, news.progress)
     if not quiet:
         render.finished(finished)
 
@@ -97,31 +102,33 @@ def train(
 ) -> None:
     """Train dictionaries on every wanted layer of every model."""
     from throughline import api
+    from throughline.cli import live
 
-    with Live(quiet) as live:
-        made = api.train(study, out, settings, resume, device, live.say, live.progress)
+    with live.Live(quiet) as news:
+        made = api.train(study, out, settings, resume, device, news.say, news.progress)
     if not quiet:
         typer.echo(f"trained; evaluate with: throughline evaluate {made.root}")
 
 
 @app.command()
 def status(run: Run, as_json: AsJson = False) -> None:
-    """What is done, running, waiting or failed, by model and layer."""
+    """What is done, running, waiting or failed, by model."""
     from throughline import api
+    from throughline.cli import render
 
     found = api.status(run)
-    _print(found, as_json, render.status)
+    _print(as_json, found, lambda: render.status(found))
 
 
 @app.command()
 def evaluate(run: Run, device: Device = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Quality of every dictionary on held-out text; exits with 1 if one fails the gate."""
+    """Quality by layer; exits with 1 if one fails the gate."""
     from throughline import api
+    from throughline.cli import live, render
 
-    with Live(quiet or as_json) as live:
-        qualities = api.evaluate(run, device, live.say)
-    if not quiet:
-        _print([q.model_dump() for q in qualities] if as_json else qualities, as_json, render.qualities)
+    with live.Live(quiet or as_json) as news:
+        qualities = api.evaluate(run, device, news.say)
+    _print(as_json, [q.model_dump() for q in qualities], lambda: render.qualities(qualities), quiet)
     if any(not q.passed for q in qualities):
         raise typer.Exit(1)
 
@@ -132,27 +139,23 @@ def features(
 ) -> None:
     """Statistics and contexts of every feature."""
     from throughline import api
+    from throughline.cli import live, render
 
-    with Live(quiet or as_json) as live:
-        tables = api.features(run, force, device, live.say)
-    if not quiet:
-        _print({k: t.to_dicts() for k, t in tables.items()} if as_json else tables, as_json, render.features)
+    with live.Live(quiet or as_json) as news:
+        tables = api.features(run, force, device, news.say)
+    _print(as_json, {k: t.to_dicts() for k, t in tables.items()}, lambda: render.features(tables), quiet)
 
 
 @app.command()
 def label(run: Run, force: Force = False, device: Device = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Label features, with held-out scores and coverage."""
     from throughline import api
+    from throughline.cli import live, render
 
-    with Live(quiet or as_json) as live:
-        tables = api.label(run, force, device, live.say)
-    if not quiet:
-        bar = api.load(run).study().features.bar
-        _print(
-            {k: t.to_dicts() for k, t in tables.items()} if as_json else tables,
-            as_json,
-            lambda t: render.coverage(t, bar),
-        )
+    with live.Live(quiet or as_json) as news:
+        tables = api.label(run, force, device, news.say)
+    bar = api.load_run(run).study().features.bar
+    _print(as_json, {k: t.to_dicts() for k, t in tables.items()}, lambda: render.coverage(tables, bar), quiet)
 
 
 @app.command()
@@ -166,23 +169,25 @@ def transfer(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """How dictionaries and features carry over between layers and models."""
+    """How features carry over between layers and models."""
     from throughline import api
+    from throughline.cli import live, render
 
-    with Live(quiet or as_json) as live:
-        infos = api.transfer(run, metric, force, device, live.say)
-    if not quiet:
-        opened = api.load(run)
-        results = [opened.transfer(i.metric, i.source, i.target) for i in infos]
-        _print([i.model_dump() for i in infos] if as_json else results, as_json, render.transfers)
+    with live.Live(quiet or as_json) as news:
+        infos = api.transfer(run, metric, force, device, news.say)
+    opened = api.load_run(run)
+    results = [opened.transfer(i.metric, i.source, i.target) for i in infos]
+    _print(as_json, [_plain_transfer(r) for r in results], lambda: render.transfers(results), quiet)
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(run: Run, quiet: Quiet = False) -> None:
     """Figures, analysis and the one-file page."""
     from throughline import api
 
-    typer.echo(f"report: {api.report(run)}")
+    page = api.report(run)
+    if not quiet:
+        typer.echo(f"report: {page}")
 
 
 @app.command()
@@ -192,34 +197,82 @@ def trace(
     model: Annotated[str | None, typer.Option(help="which model of the run", show_default=False)] = None,
     force: Force = False,
     device: Device = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Follow a prompt through every layer: features, their effects when off, the answer."""
+    """Follow a prompt through every layer of a model."""
     from throughline import api
+    from throughline.cli import live, render
 
-    found = api.trace(run, prompt, model, force, device)
-    _print(found.model_dump() if as_json else found, as_json, render.trace)
+    with live.Live(quiet or as_json) as news:
+        found = api.trace(run, prompt, model, force, device, news.say)
+    _print(as_json, found.model_dump(), lambda: render.trace(found), quiet)
 
 
 @app.command()
 def compare(
     run: Run,
     prompt: Prompt,
-    models: Annotated[list[str] | None, typer.Option("--model", help="which models", show_default=False)] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="one of the models; give it twice or more", show_default=False)
+    ] = None,
     force: Force = False,
     device: Device = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """The same prompt in several models: what is shared, what is specific."""
+    """The same prompt in several models, side by side."""
     from throughline import api
+    from throughline.cli import live, render
 
-    found = api.compare(run, prompt, models, force, device)
-    _print(found.model_dump() if as_json else found, as_json, render.comparison)
+    with live.Live(quiet or as_json) as news:
+        found = api.compare(run, prompt, models, force, device, news.say)
+    _print(as_json, found.model_dump(), lambda: render.comparison(found), quiet)
 
 
-def _print(value: Any, as_json: bool, show: Any) -> None:
+def _print(as_json: bool, value: Any, show: Callable[[], None], quiet: bool = False) -> None:
+    """The result as JSON, or shown unless quiet."""
     if as_json:
-        json.dump(value, sys.stdout, ensure_ascii=False)
+        json.dump(_finite(value), sys.stdout, ensure_ascii=False, allow_nan=False)
         sys.stdout.write("\n")
-    else:
-        show(value)
+    elif not quiet:
+        show()
+
+
+def _finite(value: Any) -> Any:
+    """Plain values with null in place of NaN and infinity, which JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _plain_transfer(result: Any) -> dict[str, Any]:
+    """What a transfer result is, and its matrices by layer pair."""
+    matrices = {name: array.tolist() for name, array in result.arrays.items() if array.ndim == 2 and name != "live"}
+    return result.info.model_dump() | {"arrays": matrices}
+
+
+def _default_folder(study: Path, settings: list[str] | None) -> Path:
+    from throughline.api import folder_of
+    from throughline.study import load_study
+
+    return folder_of(load_study(study, settings), None)
+
+
+@contextmanager
+def _figures_of_the_gate(folder: Path, quiet: bool) -> Iterator[None]:
+    """Shows the quality of all dictionaries if the gate stops the command inside."""
+    from throughline.errors import GateError
+
+    try:
+        yield
+    except GateError:
+        if not quiet:
+            from throughline import api
+            from throughline.cli import render
+
+            run = api.load_run(folder)
+            render.qualities([quality for spec in run.study().models for quality in run.quality(spec.name)])
+        raise

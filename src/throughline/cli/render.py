@@ -10,6 +10,7 @@ from rich.text import Text
 from throughline.records import ActiveFeature, Comparison, LayerQuality, Trace, TransferResult, best_labels
 
 PLAIN_WIDTH = 118
+MOST_COMPARED = 8  # features of each model that a comparison lists
 
 
 def console() -> Console:
@@ -18,12 +19,21 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PLAIN_WIDTH)
 
 
+def _table(*columns: str, words: int = 1) -> Table:
+    """A table without lines: the first `words` columns are words, the others numbers, set to the right."""
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < words or column == "gate" else "right")
+    return table
+
+
 def finished(done: Any, model: str | None = None) -> None:
     """What a whole run made: quality, a trace, and where the page is."""
     out = console()
-    rows = [q for spec in done.run.study().models for q in done.run.quality(spec.name)]
-    qualities(rows)
-    chosen = next((t for t in done.traces if t.model == model), done.traces[0] if done.traces else None)
+    models = [spec.name for spec in done.run.study().models]
+    qualities([q for name in models for q in done.run.quality(name)])
+    wanted = model if model in models else models[0]
+    chosen = next((t for t in done.traces if t.model == wanted), None)
     if chosen:
         out.print()
         trace(chosen)
@@ -34,7 +44,7 @@ def finished(done: Any, model: str | None = None) -> None:
 def qualities(rows: list[LayerQuality]) -> None:
     """Quality by model and layer, with the gate."""
     columns = ("model", "layer", "FVU", "L0", "dead", "ΔCE", "CE recovered", "KL", "answers kept", "gate")
-    table = Table(*columns, box=None, pad_edge=False)
+    table = _table(*columns)
     for q in rows:
         kept = "–" if q.answers_kept is None else f"{q.answers_kept:.1%} of {q.num_answers}"
         table.add_row(
@@ -58,7 +68,7 @@ def qualities(rows: list[LayerQuality]) -> None:
 
 def features(tables: dict[str, pl.DataFrame]) -> None:
     """How many features live, how dense they are, by model and layer."""
-    table = Table("model", "layer", "features", "live", "median density", "dense (> 10 %)", box=None, pad_edge=False)
+    table = _table("model", "layer", "features", "live", "median density", "dense (> 10 %)")
     for model, frame in tables.items():
         for (layer,), part in frame.group_by(["layer"], maintain_order=True):
             live = part.filter(pl.col("num_active") > 0)
@@ -71,7 +81,7 @@ def features(tables: dict[str, pl.DataFrame]) -> None:
 def coverage(tables: dict[str, pl.DataFrame], bar: float) -> None:
     """How many labelled features reach the bar, by model and layer, with the baselines'."""
     columns = ("model", "layer", "labelled", f"F1 ≥ {bar}", "F1 ≥ 0.9", "beat neuron and untrained")
-    table = Table(*columns, box=None, pad_edge=False)
+    table = _table(*columns)
     for model, frame in tables.items():
         for (layer,), part in frame.group_by(["layer"], maintain_order=True):
             best = best_labels(part, 0.0)
@@ -113,17 +123,41 @@ def status(found: dict[str, Any]) -> None:
     out.print(
         f"{found['name']}  ({found['folder']})" + ("  gate overridden" if found["forced"] else ""), soft_wrap=True
     )
-    table = Table("model", "layers", "train", "evaluate", "features", "label", "now", box=None, pad_edge=False)
+    table = _table("model", "layers", "train", "gate", "features", "label", "now", words=7)
     for name, model in found["models"].items():
-        where, steps = model["progress"], model["steps"]
-        now = ""
-        if where and model["state"] != "done":
-            now = f"step {where['step']}/{where['num_steps']}, {where['tokens_per_second']:,.0f} tokens/s"
-            now += f", {where['eta_seconds']:.0f} s left" if model["state"] == "running" else ", stopped"
-        layers = str(len(where["layers"])) if where else "–"
-        done = ["done" if steps[s] else "–" for s in ("evaluate", "features", "label")]
-        table.add_row(name, layers, model["state"], *done, now)
+        done = ["done" if model["steps"][s] else "waiting" for s in ("features", "label")]
+        layers = span(list(model["layers"])) if model["layers"] else "all"
+        table.add_row(name, layers, model["state"], _gate_of(model), *done, _now_of(model))
     out.print(table)
+
+
+def _gate_of(model: dict[str, Any]) -> str:
+    gates = {layer: layer_state["gate"] for layer, layer_state in model["layers"].items()}
+    if not gates or None in gates.values():
+        return "waiting"
+    failed = [layer for layer, conditions in gates.items() if conditions]
+    return f"failed by layers {span(failed)}" if failed else "passed by all"
+
+
+def _now_of(model: dict[str, Any]) -> str:
+    where = model["progress"]
+    if model["failed"]:
+        return model["failed"]
+    if not where:
+        return ""
+    left = f", {where['eta_seconds']:.0f} s left" if model["state"] == "running" else ""
+    return f"step {where['step']}/{where['num_steps']}, {where['tokens_per_second']:,.0f} tokens/s{left}"
+
+
+def span(layers: list[int]) -> str:
+    """`0-3, 6` for 0, 1, 2, 3 and 6."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def trace(found: Trace) -> None:
@@ -134,7 +168,8 @@ def trace(found: Trace) -> None:
         out.print(Text(f'The answer is wrong: "{found.answer}", right is "{found.expected}".', style="bold red"))
     else:
         right = " (right)" if found.correct else ""
-        out.print(Text(f'Answer "{found.answer}"{right}  p = {found.answer_probability:.2f}'), soft_wrap=True)
+        lead = f'{found.score:+.1f} logits ahead of "{found.runner_up}"'
+        out.print(Text(f'Answer "{found.answer}"{right}  p = {found.answer_probability:.2f}  {lead}'), soft_wrap=True)
     if found.forced:
         out.print("Dictionaries failed the quality gate; this was made with --force.")
     for reading in found.layers:
@@ -146,15 +181,27 @@ def trace(found: Trace) -> None:
         if not reading.features:
             out.print(head + "no feature is active")
     out.print()
-    prediction = (
-        "" if found.prediction_r is None else f"; predicted and measured agree with r = {found.prediction_r:.2f}"
+    _explain(
+        out,
+        "if off",
+        f"measured change of that lead when this feature, at this position, is set to {found.off}; {found.num_verified} measured",
     )
-    out.print(
-        f"if off: measured change of the answer's logit lead ({found.score:+.1f}) when the feature is set to {found.off}"
-        f"; {found.num_verified} measured{prediction}; a random active feature changes it by {found.random_effect:.2f}.",
-    )
+    if found.prediction_r is not None:
+        _explain(
+            out, "predicted", f"by the gradient; prediction and measurement agree with r = {found.prediction_r:.2f}"
+        )
+    _explain(out, "by chance", f"a random active feature, switched off, changes the lead by {found.random_effect:.2f}")
     for note in found.notes:
-        out.print(f"note: {note}")
+        _explain(out, "note", note)
+
+
+def _explain(out: Console, word: str, meaning: str) -> None:
+    """A word of the output and what it means, the meaning wrapped beside it."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=9, no_wrap=True)
+    grid.add_column()
+    grid.add_row(word, Text(meaning))
+    out.print(grid)
 
 
 def feature_line(found: Trace, feature: ActiveFeature) -> str:
@@ -164,7 +211,7 @@ def feature_line(found: Trace, feature: ActiveFeature) -> str:
         words, score = "unlabelled: " + ", ".join(map(repr, feature.top_tokens[:3])), " " * 13
     else:
         words, score = feature.label.text, f"label F1 {feature.label.f1:.2f}"
-    words = words if len(words) <= 44 else words[:43] + "…"
+    words = shorten(words, 44)
     said = f'  answers "{feature.answer_if_off}"' if feature.answer_if_off != found.answer else ""
     return (
         f"#{feature.feature:<6}at {token:<12} {words:<45}{feature.activation:7.2f}  {score}  "
@@ -187,7 +234,7 @@ def comparison(found: Comparison) -> None:
         "shared",
         "specific",
     )
-    table = Table(*columns, box=None, pad_edge=False)
+    table = _table(*columns)
     for model in found.models:
         mine, all_features = found.shares[model], found.all_shares[model]
         wrong = " (wrong)" if found.correct[model] is False else ""
@@ -199,10 +246,21 @@ def comparison(found: Comparison) -> None:
         out.print()
         out.print(Text(model))
         mine = sorted((f for f in found.features if f.model == model), key=lambda f: -abs(f.effect))
-        for feature in mine[:8]:
-            partners = ", ".join(f"{m} {p[0]}#{p[1]} r {p[2]:.2f}" for m, p in feature.partners.items())
-            line = f"  layer {feature.layer} #{feature.feature:<5} {feature.label[:40]:<41} {feature.effect:+.2f}  "
-            out.print(Text(line + f"{feature.standing:<10} {partners}"), soft_wrap=True)
+        for feature in mine[:MOST_COMPARED]:
+            partners = ", ".join(f"{m} layer {p[0]} #{p[1]} r {p[2]:.2f}" for m, p in feature.partners.items())
+            token = repr(found.traces[model].tokens[feature.position][1])
+            out.print(
+                Text(
+                    f"  layer {feature.layer:<3}#{feature.feature:<6}at {token:<12} {shorten(feature.label, 40):<41}"
+                    f"if off: {feature.effect:+7.2f}  {feature.standing:<10} {partners}".rstrip()
+                ),
+                soft_wrap=True,
+            )
+
+
+def shorten(words: str, most: int) -> str:
+    """Words cut to at most `most` characters."""
+    return words if len(words) <= most else words[: most - 1] + "…"
 
 
 def _diagonal(result: TransferResult) -> Any:

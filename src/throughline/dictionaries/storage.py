@@ -1,14 +1,14 @@
 """Save and load dictionaries in SAELens' layout: cfg.json and sae_weights.safetensors, and beside them a probe.
 
-The probe is a handful of inputs with the features they gave when the dictionary was saved. Loading computes them anew and
-refuses the dictionary on a mismatch: scale kept outside the weights, or a class guessed wrongly, shows here.
+The probe is a handful of inputs with the features and reconstructions they gave when the dictionary was saved. Loading
+computes both anew and refuses the dictionary on a mismatch: scale kept outside the weights, or a class guessed wrongly, shows
+here.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,14 +21,17 @@ SAELENS_VERSION = "6.54.12"  # whose layout this is
 CONFIG, WEIGHTS, PROBE = "cfg.json", "sae_weights.safetensors", "probe.safetensors"
 TO_SAELENS = {"topk": "topk", "relu": "standard"}
 FROM_SAELENS = {theirs: ours for ours, theirs in TO_SAELENS.items()}
-TOLERANCE = 1e-4  # relative to the largest expected feature: other machines sum in another order
+NOT_OPTIONS = (
+    "d_in d_sae dtype device apply_b_dec_to_input normalize_activations reshape_activations metadata architecture "
+    "rescale_acts_by_decoder_norm"
+).split()  # what a cfg.json holds beside an architecture's own options
+TOLERANCE = 1e-4  # relative to the largest expected number: other machines sum in another order
 
 
 def save_dictionary(dictionary: Dictionary, folder: Path, probe_ND: Tensor) -> list[str]:
     """Write a dictionary and its probe; returns the file names."""
     weights = {name: getattr(dictionary, name).contiguous().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    probe = {"inputs": probe_ND.contiguous().cpu(), "features": dictionary.encode(probe_ND).contiguous().cpu()}
-    for name, tensors in ((WEIGHTS, weights), (PROBE, probe)):
+    for name, tensors in ((WEIGHTS, weights), (PROBE, _probe(dictionary, probe_ND))):
         with replacing(folder / name) as temporary:
             save_file(tensors, temporary)
     with replacing(folder / CONFIG) as temporary:
@@ -39,43 +42,64 @@ def save_dictionary(dictionary: Dictionary, folder: Path, probe_ND: Tensor) -> l
 def load_dictionary(folder: Path, device: str = "cpu") -> Dictionary:
     """The dictionary of a folder, checked against its probe.
 
-    Raises InputError if there is none, DamagedFileError if files are damaged or the probe's features come out otherwise.
+    Raises InputError if there is none, DamagedFileError if files are damaged or the probe comes out otherwise.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder} holds no dictionary ({CONFIG} and {WEIGHTS}); `throughline train` makes them")
     try:
         config = json.loads((folder / CONFIG).read_text())
         weights = load_file(folder / WEIGHTS)
-        architecture = FROM_SAELENS[config["architecture"]]
-        options = {"k": config["k"]} if architecture == "topk" else {}
+        architecture = FROM_SAELENS.get(config["architecture"], config["architecture"])
+        options = {name: value for name, value in config.items() if name not in NOT_OPTIONS}
         dictionary = Dictionary(
             architecture,
             **{name: weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
             options=options,
             metadata=config["metadata"],
         )
+        _check_shapes(dictionary, config, folder)
         _check_probe(dictionary, folder)
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise DamagedFileError(f"dictionary in {folder} is damaged: {type(error).__name__} {error}") from error
     return dictionary.to(device)
+
+
+def _probe(dictionary: Dictionary, inputs_ND: Tensor) -> dict[str, Tensor]:
+    features_NF = dictionary.encode(inputs_ND)
+    tensors = {"inputs": inputs_ND, "features": features_NF, "reconstructions": dictionary.decode(features_NF)}
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _check_shapes(dictionary: Dictionary, config: dict[str, Any], folder: Path) -> None:
+    D, F = config["d_in"], config["d_sae"]
+    for name, shape in {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}.items():
+        found = tuple(getattr(dictionary, name).shape)
+        if found != shape:
+            raise DamagedFileError(f"dictionary in {folder} should have {name} of shape {shape}, found {found}")
 
 
 def _check_probe(dictionary: Dictionary, folder: Path) -> None:
     if not (folder / PROBE).is_file():
         return  # trained elsewhere
     probe = load_file(folder / PROBE)
-    features, expected = dictionary.encode(probe["inputs"]), probe["features"]
-    off = (features - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
-    if features.shape != expected.shape or not torch.isfinite(off) or off > TOLERANCE:
-        raise DamagedFileError(f"dictionary in {folder} does not give its probe's features (off by {float(off):.2g})")
+    if probe["inputs"].shape[1:] != (dictionary.d_model,):
+        raise DamagedFileError(f"the probe of the dictionary in {folder} has inputs of another width")
+    for name, found in _probe(dictionary, probe["inputs"]).items():
+        expected = probe[name]
+        if found.shape != expected.shape:
+            raise DamagedFileError(f"the probe of the dictionary in {folder} has {name} of another shape")
+        off = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+        if not off <= TOLERANCE:  # nor if it is not a number
+            raise DamagedFileError(f"dictionary in {folder} does not give its probe's {name} (off by {float(off):.2g})")
 
 
 def _saelens_config(dictionary: Dictionary) -> dict[str, Any]:
+    name = TO_SAELENS.get(dictionary.architecture, dictionary.architecture)
     metadata = {
         "sae_lens_version": SAELENS_VERSION,
         "sae_lens_training_version": None,
         "trained_with": "throughline",
-        "training_architecture": TO_SAELENS[dictionary.architecture],
+        "training_architecture": name,
     }
     config = {
         "d_in": dictionary.d_model,
@@ -86,8 +110,8 @@ def _saelens_config(dictionary: Dictionary) -> dict[str, Any]:
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": metadata | dictionary.metadata,
-        "architecture": TO_SAELENS[dictionary.architecture],
+        "architecture": name,
     }
     if dictionary.architecture == "topk":
-        config |= {"k": dictionary.options["k"], "rescale_acts_by_decoder_norm": False}
-    return config
+        config["rescale_acts_by_decoder_norm"] = False
+    return config | dictionary.options

@@ -44,7 +44,7 @@ class TopK:
         """Loss of every layer on centred, scaled activations."""
         pre_LNF = stack.pre_activations(x_LND)
         top = pre_LNF.topk(k, dim=-1, sorted=False)
-        values_LNK = top.values.relu()
+        values_LNK = top.values.relu().to(x_LND.dtype)
         x_hat_LND = stack.decode_sparse(values_LNK, top.indices) + stack.b_dec_LD[:, None]
         error_LND = x_LND - x_hat_LND
         loss_L = error_LND.square().mean(dim=(1, 2))
@@ -58,7 +58,7 @@ def _aux_loss(stack: Stack, pre_LNF: Tensor, error_LND: Tensor, dead_LF: Tensor)
     num_dead_L = dead_LF.sum(1)
     k_aux = min(error_LND.shape[-1] // 2, int(num_dead_L.max()))
     top = pre_LNF.masked_fill(~dead_LF[:, None], -torch.inf).topk(k_aux, dim=-1, sorted=False)
-    values = top.values.relu()  # relu also silences the -inf of layers with fewer than k_aux dead features
+    values = top.values.relu().to(error_LND.dtype)  # relu also silences the -inf of layers with fewer than k_aux dead features
     e_hat_LND = stack.decode_sparse(values, top.indices)
     variance_L = (error_LND - error_LND.mean(1, keepdim=True)).square().mean(dim=(1, 2))
     relative_L = (error_LND - e_hat_LND).square().mean(dim=(1, 2)) / variance_L.clamp_min(1e-12)

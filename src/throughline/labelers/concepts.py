@@ -62,7 +62,8 @@ class Concepts:
 
     def _find(self, selection: Codes, heldout: Codes) -> tuple[list[str], sp.csr_array, sp.csr_array]:
         """The concepts of two texts, found once for all layers."""
-        if self._concepts is None or self._texts is None or self._texts[0] is not selection:
+        known = self._texts is not None and self._texts[0] is selection and self._texts[1] is heldout
+        if self._concepts is None or not known:
             self._texts, self._concepts = (selection, heldout), find_concepts(selection, heldout)
         return self._concepts
 
@@ -112,11 +113,12 @@ def _spell(value: int | str | bool) -> str:
 def _token_predicates(codes: Codes) -> dict[str, np.ndarray]:
     texts = np.array(codes.token_texts, dtype=object)
     same_document = np.r_[False, codes.documents_N[1:] == codes.documents_N[:-1]]
-    before = np.where(same_document, np.r_[[""], texts[:-1]], None)
+    nothing = np.full(len(texts), None)
+    before = np.where(same_document, np.r_[[""], texts[:-1]], nothing)
     found = {"start of text": np.flatnonzero(~same_document)}
     for kind, name in enumerate(TOKEN_KINDS):
         found[f"{name} token"] = np.flatnonzero(codes.kinds_N == kind)
-    following = np.where(np.r_[same_document[1:], False], np.r_[texts[1:], [""]], None)
+    following = np.where(np.r_[same_document[1:], False], np.r_[texts[1:], [""]], nothing)
     for values, wording in (
         (texts, "token {!r}".format),
         (before, "after {!r}".format),

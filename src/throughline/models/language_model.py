@@ -54,7 +54,7 @@ class LanguageModel:
         """Move `hf` to `device` and find its parts; InputError if its structure is not understood."""
         self.structure = find_structure(hf)
         self.name = name
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer  # transformers says that decode may return a list
         self.device = torch.device(device)
         self.hf = hf.requires_grad_(False).eval().to(self.device)  # pyright: ignore[reportArgumentType]
         self.family = self.structure.family
@@ -180,7 +180,7 @@ class LanguageModel:
     @torch.no_grad()
     def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
         """The tokens that greedily follow `ids`, without the end-of-text that stops them; fewer if the context ends."""
-        ends, made = self._end_ids(), []
+        ends, made = self.end_ids, []
         room = max(1, self.context - len(ids) + 1)  # at least one try, so that a prompt that is too long is refused
         for _ in range(min(max_new_tokens, room)):
             inputs = self.inputs(np.array([ids + made]))
@@ -191,6 +191,13 @@ class LanguageModel:
                 break
             made.append(token)
         return made
+
+    @property
+    def end_ids(self) -> set[int]:
+        """The tokens that end a text: the tokenizer's, and the model's own."""
+        configured = getattr(self.hf.generation_config, "eos_token_id", None)
+        several = configured if isinstance(configured, list) else [configured]
+        return {end for end in (*several, self.tokenizer.eos_token_id) if isinstance(end, int)}
 
     def module_path(self, layer: int) -> str:
         """Dotted path of a block, such as `transformer.h.3`."""
@@ -223,11 +230,6 @@ class LanguageModel:
             options |= {"attention_mask": inputs.mask, "position_ids": inputs.positions}
         with quiet_transformers():
             return self.hf(input_ids=inputs.ids, **options).logits
-
-    def _end_ids(self) -> set[int]:
-        configured = getattr(self.hf.generation_config, "eos_token_id", None)
-        several = configured if isinstance(configured, list) else [configured]
-        return {end for end in (*several, self.tokenizer.eos_token_id) if isinstance(end, int)}
 
 
 def _edited(edit: Edit, residual_BTD: Tensor) -> Tensor:

@@ -37,8 +37,11 @@ def open_model(spec: ModelSpec, device: str = "cpu") -> LanguageModel:
     return LanguageModel(spec.name, hf, tokenizer, device)
 
 
-def check_model(spec: ModelSpec) -> None:
-    """Refuse what `open_model` would refuse for what lies there, and layers that the model has not, without reading weights."""
+def check_model(spec: ModelSpec) -> int | None:
+    """Refuse what `open_model` would refuse for what lies there, and layers that the model has not, without reading weights.
+
+    Returns the longest text the model takes, in tokens, where its configuration tells.
+    """
     path, config = _find(spec)
     known = AutoConfig.for_model(**config) if "model_type" in config else None
     depth = getattr(known, "num_hidden_layers", None)
@@ -46,6 +49,9 @@ def check_model(spec: ModelSpec) -> None:
         check_layers(spec.name, spec.layers, depth)
     with _quiet():
         _load_tokenizer(path, spec.revision)
+    model_type = str(config.get("model_type"))
+    family = FAMILIES.load(model_type) if model_type in FAMILIES.names() else None
+    return getattr(known, family.context if family else "max_position_embeddings", None)
 
 
 def _find(spec: ModelSpec) -> tuple[str, dict[str, Any]]:

@@ -51,22 +51,20 @@ def find_answer(model: LanguageModel, prompt_ids: list[int], most_tokens: int) -
         raise InputError(
             f"the prompt has {len(prompt_ids)} tokens; {model.name} sees {model.context} and needs at least one for the answer"
         )
-    end = model.tokenizer.eos_token_id
-    answer_ids = model.generate(prompt_ids, min(most_tokens, room))
+    most_tokens = min(most_tokens, room)
+    answer_ids = model.generate(prompt_ids, most_tokens)
     ids = torch.tensor([prompt_ids + answer_ids])
     logits_TV = _logits(model, ids)[0]
-    complete = len(answer_ids) < min(most_tokens, room)
-    if not answer_ids:  # the model ends the text at once: what it chose is the end
-        answer_ids, complete = [end], True
-    places = torch.arange(len(prompt_ids) - 1, len(prompt_ids) - 1 + len(answer_ids))
-    tokens = torch.tensor(answer_ids)
+    last = int(logits_TV[-1].argmax())
+    complete = len(answer_ids) < most_tokens or last in model.end_ids
+    said = answer_ids or [last]  # a model that ends the text at once chose the end
+    places = torch.arange(len(prompt_ids) - 1, len(prompt_ids) - 1 + len(said))
+    tokens = torch.tensor(said)
     log_p = logits_TV[places.to(logits_TV.device)].log_softmax(-1).cpu()
     probability = float(log_p[torch.arange(len(tokens)), tokens].sum().exp())
     runners_up = log_p.scatter(1, tokens[:, None], -torch.inf).argmax(1)
-    contested = [bool(model.tokenizer.decode([t]).strip()) for t in answer_ids]
+    contested = [bool(model.tokenizer.decode([t]).strip()) for t in said]
     keep = torch.tensor(contested if any(contested) else [True] * len(contested))
-    if answer_ids == [end]:
-        answer_ids = []
     device = model.device
     return Answer(
         prompt_ids,
@@ -83,20 +81,19 @@ def find_answer(model: LanguageModel, prompt_ids: list[int], most_tokens: int) -
 def answer_under(model: LanguageModel, answer: Answer, logits_TV: Tensor, edits: Mapping[int, Edit]) -> list[int]:
     """What the model says when edited, given the logits of its edited run over prompt and answer.
 
-    Where the edited run agrees with the answer it is kept; from the first token that differs the model goes on by itself.
+    Where the edited run agrees with the answer it is kept; from the first token that differs, the end of the text included,
+    the model goes on by itself, for two tokens more than the answer has at most.
     """
-    first = len(answer.prompt_ids) - 1
-    said = logits_TV[first : first + len(answer.answer_ids)].argmax(-1).tolist()
-    agreed = next((i for i, (a, b) in enumerate(zip(said, answer.answer_ids, strict=True)) if a != b), None)
-    if agreed is None:
+    first, whole = len(answer.prompt_ids) - 1, len(answer.answer_ids)
+    said = logits_TV[first:].argmax(-1).tolist()  # one token for each of the answer, and what follows it
+    agreed = next((i for i in range(whole) if said[i] != answer.answer_ids[i]), whole)
+    if agreed == whole and not answer.complete:
         return answer.answer_ids
-    end, ids = model.tokenizer.eos_token_id, answer.ids[: first + 1 + agreed]
+    ends, ids = model.end_ids, answer.ids[: first + 1 + agreed]
     most = min(model.context, len(answer.ids) + 2)
     token = said[agreed]
-    while token != end:
+    while token not in ends and len(ids) < most:
         ids.append(token)
-        if len(ids) >= most:
-            break
         logits = model.run(model.inputs(torch.tensor([ids])), edits=edits).logits
         assert logits is not None
         token = int(logits[0, -1].argmax())

@@ -22,15 +22,13 @@ class ShuffleBuffer:
         self._source = source
         self._batch = batch_tokens
         self._generator = generator
-        self._pending: list[Tensor] = []
         self._content: Tensor | None = None
         self._count = 0
 
     def fill(self) -> Float[Tensor, "L N D"]:
         """Load activations up to capacity; returns what the buffer holds now."""
         parts = [] if self._content is None else [self._content[:, : self._count]]
-        parts += self._pending
-        self._pending, count = [], sum(p.shape[1] for p in parts)
+        count = self._count
         while not parts or count < self._capacity(parts[0]):
             part = next(self._source, None)
             if part is None:
@@ -52,10 +50,7 @@ class ShuffleBuffer:
                 yield shuffled[:, used : used + self._batch]
                 used += self._batch
             self._content, self._count = shuffled[:, used:], self._count - used
-            before = self._count
             self.fill()
-            if self._count == before and self._count < self._batch:
-                return
 
     def _capacity(self, like: Tensor) -> int:
         bytes_per_token = like.shape[0] * like.shape[2] * like.element_size()

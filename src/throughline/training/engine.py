@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class _Group:
     stack: Stack
     optimizer: torch.optim.Optimizer
     idle_tokens_LF: Tensor
+    bfloat16: bool  # products in bfloat16; weights and moments stay float32
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -76,8 +78,8 @@ def train(
     """Dictionaries of the layers in `specs`, whose activations `source` yields in that order.
 
     `num_layers` is the model's depth (thirds of it choose the L1 coefficient). Stops when the source ends or the study's
-    tokens are used, whichever is first. Raises TrainingError if the source yields less than one batch, or a loss is not
-    a number.
+    tokens are used, whichever is first. Raises TrainingError if the source yields less than one batch, or activations or a
+    loss are not finite.
     """
     generator = torch.Generator().manual_seed(training.seed)
     buffer = ShuffleBuffer(source, training.batch_tokens, generator)
@@ -87,10 +89,11 @@ def train(
             f"{model}: the text has {first_LND.shape[1]:,} tokens, less than one batch of {training.batch_tokens:,}; "
             "set training.batch_tokens lower or give more text"
         )
+    _check_finite(first_LND, list(specs), model)
     groups = _make_groups(first_LND, specs, training, num_layers)
     num_steps = max(1, training.tokens * training.epochs // training.batch_tokens)
-    _descend(iter(buffer), groups, training, num_steps, model, report)
-    return {layer: d for group in groups for layer, d in _fold(group, model, num_steps, training).items()}
+    done = _descend(iter(buffer), groups, training, num_steps, model, report)
+    return {layer: d for group in groups for layer, d in _fold(group, model, done, training).items()}
 
 
 def learning_rate(training: TrainingSpec, d_sae: int) -> float:
@@ -106,8 +109,16 @@ def learning_rate(training: TrainingSpec, d_sae: int) -> float:
 
 def schedule(step: int, num_steps: int) -> float:
     """Learning-rate factor: linear warm-up over 5 % of the run, then 1, then linear to 0 from 20 % on."""
-    done = (step + 1) / num_steps
+    done = (step + 0.5) / num_steps
     return min(1.0, done / WARM_UP_SHARE) * min(1.0, max(0.0, (1 - done) / (1 - DECAY_FROM)))
+
+
+def _check_finite(x_LND: Tensor, layers: list[int], model: str) -> None:
+    for layer, x_ND in zip(layers, x_LND, strict=True):
+        if not x_ND.isfinite().all():
+            raise TrainingError(
+                f"{model} layer {layer}: its activations are not all finite; if its dtype is float16, try float32"
+            )
 
 
 def _make_groups(
@@ -144,6 +155,7 @@ def _make_groups(
                 stack=stack,
                 optimizer=optimizer,
                 idle_tokens_LF=idle,
+                bfloat16=training.precision == "bfloat16",
             )
         )
     return groups
@@ -169,24 +181,29 @@ def _descend(
     num_steps: int,
     model: str,
     report: Callable[[Progress], None],
-) -> None:
+) -> int:
+    """Train until `num_steps` or the batches' end; how many steps that were."""
     dead_after = min(DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE * num_steps * training.batch_tokens)
     started = reported = time.perf_counter()
-    for step, batch_LND in zip(range(num_steps), batches, strict=False):
+    step = 0
+    for batch_LND in islice(batches, num_steps):
         for group in groups:
             _step(group, batch_LND[group.columns], schedule(step, num_steps), step / num_steps, dead_after)
+        step += 1
         now = time.perf_counter()
-        if now - reported >= REPORT_SECONDS or step + 1 == num_steps:
-            rate = (step + 1) * training.batch_tokens / (now - started)
-            report(_progress(groups, model, step + 1, num_steps, rate, training.batch_tokens, dead_after))
+        if now - reported >= REPORT_SECONDS and step < num_steps:
+            report(_progress(groups, model, step, num_steps, training, now - started))
             reported = now
+    report(_progress(groups, model, step, num_steps, training, time.perf_counter() - started))
+    return step
 
 
 def _step(group: _Group, batch_LND: Tensor, lr_factor: float, progress: float, dead_after: float) -> None:
     """One optimizer step of one stack."""
     x_LND = (batch_LND - group.mean_LD[:, None]) * group.scale_L[:, None, None]
     dead_LF = group.idle_tokens_LF >= dead_after
-    losses = group.architecture.loss(group.stack, x_LND, dead_LF=dead_LF, progress=progress, **group.loss_options)
+    with torch.autocast(x_LND.device.type, torch.bfloat16, enabled=group.bfloat16):
+        losses = group.architecture.loss(group.stack, x_LND, dead_LF=dead_LF, progress=progress, **group.loss_options)
     losses.loss_L.sum().backward()
     group.stack.remove_parallel_gradient_()
     for parameter_group in group.optimizer.param_groups:
@@ -206,8 +223,9 @@ def _step(group: _Group, batch_LND: Tensor, lr_factor: float, progress: float, d
 
 
 def _progress(
-    groups: list[_Group], model: str, step: int, num_steps: int, rate: float, batch_tokens: int, dead_after: float
+    groups: list[_Group], model: str, step: int, num_steps: int, training: TrainingSpec, seconds: float
 ) -> Progress:
+    rate = step * training.batch_tokens / seconds
     rows = {
         layer: {name: float(values[i]) for name, values in group.sums.items()}
         for group in groups
@@ -216,7 +234,8 @@ def _progress(
     for layer, row in rows.items():
         if not math.isfinite(row["loss"]):
             raise TrainingError(
-                f"{model} layer {layer}: the loss is {row['loss']} at step {step}; lower training.lr (now in the study)"
+                f"{model} layer {layer}: the loss is {row['loss']} at step {step}; "
+                f"lower training.lr (now {training.lr}) if the activations are finite"
             )
     layers = sorted(rows)
     return Progress(
@@ -225,15 +244,15 @@ def _progress(
         step=step,
         num_steps=num_steps,
         tokens_per_second=rate,
-        eta_seconds=(num_steps - step) * batch_tokens / rate,
+        eta_seconds=(num_steps - step) * training.batch_tokens / rate,
         **{name: [rows[layer][name] for layer in layers] for name in ("loss", "l0", "fvu", "dead")},
     )
 
 
-def _fold(group: _Group, model: str, num_steps: int, training: TrainingSpec) -> dict[int, Dictionary]:
+def _fold(group: _Group, model: str, steps: int, training: TrainingSpec) -> dict[int, Dictionary]:
     folded = {}
     for i, layer in enumerate(group.layers):
-        metadata = {"model_name": model, "layer": layer, "training_tokens": num_steps * training.batch_tokens}
+        metadata = {"model_name": model, "layer": layer, "training_tokens": steps * training.batch_tokens}
         folded[layer] = group.stack.fold(
             i,
             group.architecture.name,

@@ -12,6 +12,7 @@ Features that fire on fewer than `min_count` aligned tokens are left out: two ra
 import numpy as np
 import scipy.sparse as sp
 
+from throughline.errors import InputError
 from throughline.records import TransferInfo, TransferResult
 from throughline.transfer.pairs import (
     Side,
@@ -36,6 +37,11 @@ class Matching:
         """Arrays value, low, high, null [Ls, Lt]; mean_correlation, null_correlation, threshold [Ls, Lt]; mutual [Ls, Lt],
         the share in mutual-best pairs above the threshold; partner, correlation [Ls, Lt, F]; live [Ls, F]."""
         aligned = align(source.codes, target.codes)
+        num_documents = len(np.unique(source.codes.documents_N[aligned.source_N]))
+        if num_documents < 2:
+            raise InputError(
+                f"matching needs two held-out documents or more, found {num_documents}; raise evaluation.tokens, or give more text"
+            )
         shifted = shift_documents(target.codes, aligned.target_N, by=1)
         rng = np.random.default_rng(seed)
         shuffled = shuffle_within(target.codes.roles_N[aligned.target_N], rng)
@@ -44,7 +50,7 @@ class Matching:
         width = max(m.shape[1] for m in here.values())
         shape = (len(source.layers), len(target.layers))
         names = ("value", "low", "high", "null", "mean_correlation", "null_correlation", "threshold", "mutual")
-        arrays = {name: np.full(shape, np.nan) for name in names}
+        arrays: dict[str, np.ndarray] = {name: np.full(shape, np.nan) for name in names}
         arrays["partner"] = np.full((*shape, width), -1, dtype=np.int32)
         arrays["correlation"] = np.full((*shape, width), np.nan, dtype=np.float32)
         arrays["live"] = np.zeros((shape[0], width), dtype=bool)
@@ -53,7 +59,7 @@ class Matching:
             for j, b in enumerate(target.layers):
                 found = match_layers(here[a], there[b], shifted, shuffled, min_count, seed)
                 for name, value in found.items():
-                    if name in ("partner", "correlation"):
+                    if isinstance(value, np.ndarray):
                         arrays[name][i, j, : len(value)] = value
                     else:
                         arrays[name][i, j] = value
@@ -67,7 +73,7 @@ class Matching:
             null="the same share when target tokens are shuffled among the same kind of position (number in the question, …)",
             ceiling=None,
             num_tokens=len(aligned.source_N),
-            num_documents=len(np.unique(source.codes.documents_N[aligned.source_N])),
+            num_documents=num_documents,
             coverage=aligned.coverage,
             seed=seed,
             details={

@@ -84,7 +84,8 @@ def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
 def shift_documents(codes: Codes, tokens_N: np.ndarray, by: int) -> np.ndarray:
     """For each token the one at the same place of the document `by` further on, as an index into `tokens_N`; -1 if none.
 
-    Keeps how often features fire and where in a text, and destroys what belongs to this text.
+    The first follows the last, and none follows itself. Keeps how often features fire and where in a text, and destroys
+    what belongs to this text.
     """
     documents = codes.documents_N[tokens_N]
     starts = np.flatnonzero(np.r_[True, documents[1:] != documents[:-1]])
@@ -92,7 +93,7 @@ def shift_documents(codes: Codes, tokens_N: np.ndarray, by: int) -> np.ndarray:
     number = np.repeat(np.arange(len(starts)), lengths)
     place = np.arange(len(documents)) - starts[number]
     other = (number + by) % len(starts)
-    return np.where(place < lengths[other], starts[other] + place, -1)
+    return np.where((place < lengths[other]) & (other != number), starts[other] + place, -1)
 
 
 def shuffle_within(roles_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -114,11 +115,9 @@ class Moments(NamedTuple):
 
 def moments_of(matrix: sp.csr_array) -> Moments:
     """Moments of the columns of a sparse matrix, zeros counted, in float64."""
-    n = matrix.shape[0]
-    total = np.asarray(matrix.sum(axis=0, dtype=np.float64)).ravel()
-    square = np.asarray(matrix.power(2).sum(axis=0, dtype=np.float64)).ravel()
-    mean = total / n
-    variance = np.maximum(square / n - mean**2, 0)
+    exact = matrix.astype(np.float64)
+    mean = np.asarray(exact.mean(axis=0)).ravel()
+    variance = np.maximum(np.asarray(exact.power(2).mean(axis=0)).ravel() - mean**2, 0)
     return Moments(np.bincount(matrix.indices, minlength=matrix.shape[1]), mean, np.sqrt(variance))
 
 
@@ -126,9 +125,10 @@ def correlate(source_NF: sp.csr_array, target_NF: sp.csr_array) -> np.ndarray:
     """Pearson's r of every source feature with every target feature over all tokens, [F source, F target].
 
     r = (sum uv / N - mean_u mean_v) / (sd_u sd_v); only tokens on which both fire enter the sum, so it costs k^2 per token.
+    In float64: a feature that is always on has a mean far above its deviation.
     """
     a, b = moments_of(source_NF), moments_of(target_NF)
-    products = (source_NF.T @ target_NF).toarray() / source_NF.shape[0]
+    products = (source_NF.astype(np.float64).T @ target_NF.astype(np.float64)).toarray() / source_NF.shape[0]
     products -= np.outer(a.mean, b.mean)
     scale = np.outer(a.deviation, b.deviation)
     return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)

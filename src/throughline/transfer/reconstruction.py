@@ -66,7 +66,8 @@ class Reconstruction:
             target=source.model,
             source_layers=source.layers,
             target_layers=source.layers,
-            quantity="explained variance of the target layer's activations by the source layer's dictionary, mean and scale matched",
+            quantity="explained variance of the target layer's activations by the source layer's dictionary, "
+            "mean and scale matched",
             null="the same with the activations turned by a random rotation",
             ceiling="explained variance by the target layer's own dictionary",
             num_tokens=num_tokens,

@@ -16,6 +16,14 @@ CONTEXT = 64
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Steps with one cycle of the learning rate; `emphasis` multiplies the weights of templates, by name."""
+
+    num_steps: int
+    emphasis: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One model's training. Batches are in prompts; `prompt_weight` is the loss weight of a token before the answer."""
 
@@ -26,6 +34,7 @@ class Recipe:
     weight_decay: float = 0.1
     prompt_weight: float = 0.1
     emphasis: Mapping[str, float] = field(default_factory=dict)  # on templates, by name
+    finishing: Stage | None = None  # after the last step, for what was not learned by then
     seed: int = 0
 
 
@@ -54,7 +63,7 @@ def _phi(common: dict) -> Recipe:
         hidden_size=128,
         intermediate_size=512,
         num_attention_heads=4,
-        partial_rotary_factor=0.5,
+        partial_rotary_factor=0.5,  # pyright: ignore[reportCallIssue] - transformers makes rope_parameters of it
         max_position_embeddings=CONTEXT,
     )
     return Recipe(config, num_steps=1600, weight_decay=0.5, emphasis={"three operands": 2.5})
@@ -67,7 +76,7 @@ def _pythia(common: dict) -> Recipe:
         hidden_size=96,
         intermediate_size=384,
         num_attention_heads=3,
-        rotary_pct=0.25,
+        rotary_pct=0.25,  # pyright: ignore[reportCallIssue] - as above
         max_position_embeddings=CONTEXT,
     )
     return Recipe(config, num_steps=1600)
@@ -84,4 +93,4 @@ def _gemma(common: dict) -> Recipe:
         head_dim=32,
         max_position_embeddings=CONTEXT,
     )
-    return Recipe(config, num_steps=1400)
+    return Recipe(config, num_steps=1400, finishing=Stage(500, {"who has more": 8.0}))

@@ -117,7 +117,7 @@ def _expression(template: Template) -> str:
         elif slot in seen:
             expression += f"(?P={slot})"
         elif slot is not None:
-            expression += rf"(?P<{slot}>{r'[0-9]+' if slot in 'abc' else r'[A-Za-z]+'})"
+            expression += rf"(?P<{slot}>{r'[0-9]{1,9}' if slot in 'abc' else r'[A-Za-z]+'})"
             seen.add(slot)
     return expression
 
@@ -157,8 +157,8 @@ def _write(template: Template, slots: dict) -> Document:
         if slot is None:
             continue
         start = len(text)
-        text += argument if slot == "op" else str(slots[slot])
-        if slot == "op":
+        text += argument or "" if slot == "op" else str(slots[slot])
+        if slot == "op" and argument:
             facts.append(Fact("operator", argument, start, len(text)))
         elif slot in "abc":
             numbers.append(slots[slot])

@@ -1,14 +1,14 @@
 """Train a zoo model on the generator's problems, and examine it on held-out ones.
 
-    for each step: 512 fresh problems (a pure function of seed and step) -> loss on the answer, and a little on the prompt
+    for each step: fresh problems (a pure function of seed and step) -> loss on the answer, and a little on the prompt
                    -> AdamW, one-cycle learning rate
 
 Stopping and resuming is exact because nothing but weights, moments and the step number carries over.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
+from throughline.errors import InputError
+from throughline.models import open_model
 from throughline.records import Document
-from throughline.zoo.recipes import Recipe, recipe_of
-from throughline.zoo.texts import TEMPLATES, sample_problems
+from throughline.study import ModelSpec
+from throughline.zoo import NAMES, PREFIX
+from throughline.zoo.recipes import Recipe, Stage, recipe_of
+from throughline.zoo.texts import TEMPLATES, Template, sample_problems
 from throughline.zoo.vocabularies import build_tokenizer
 
 CHECKPOINT_EVERY = 200
@@ -37,10 +42,17 @@ class Batch(NamedTuple):
 
 
 def train(name: str, workdir: Path, report: Callable[[str], None], num_steps: int | None = None) -> Path:
-    """Train zoo model `name`, continuing from `workdir` if it holds a checkpoint; returns the folder with the model."""
+    """Train zoo model `name`, continuing from `workdir` if it holds a checkpoint; returns the folder with the model.
+
+    `num_steps` takes the place of the recipe's, without its finishing stage: the learning rate runs its cycle in as many
+    steps, so what continues must have begun with the same number.
+    """
     tokenizer = build_tokenizer(name)
     recipe = recipe_of(name, tokenizer)
-    num_steps = num_steps or recipe.num_steps
+    stages = [Stage(recipe.num_steps if num_steps is None else num_steps, recipe.emphasis)]
+    if recipe.finishing and num_steps is None:
+        stages.append(recipe.finishing)
+    num_steps = sum(stage.num_steps for stage in stages)
     torch.manual_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(recipe.config, attn_implementation="eager").train()
     optimizers = _optimizers(model, recipe)
@@ -48,10 +60,11 @@ def train(name: str, workdir: Path, report: Callable[[str], None], num_steps: in
     step = _resume(workdir, model, optimizers)
     loss_sum, since = 0.0, step
     while step < num_steps:
+        stage, within = _locate(stages, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * one_cycle(step, num_steps)
-        loss_sum += _step(model, optimizers, tokenizer, recipe, step)
+                group["lr"] = recipe.learning_rate * one_cycle(within, stage.num_steps)
+        loss_sum += _step(model, optimizers, tokenizer, recipe, step, stage.emphasis)
         step += 1
         if step % CHECKPOINT_EVERY == 0 or step == num_steps:
             _checkpoint(workdir, model, optimizers, step)
@@ -63,6 +76,15 @@ def train(name: str, workdir: Path, report: Callable[[str], None], num_steps: in
             )
             loss_sum, since = 0.0, step
     return _publish(model, tokenizer, workdir / "model")
+
+
+def _locate(stages: list[Stage], step: int) -> tuple[Stage, int]:
+    """The stage of a step, and how many of its steps came before."""
+    for stage in stages:
+        if step < stage.num_steps:
+            return stage, step
+        step -= stage.num_steps
+    raise AssertionError(step)
 
 
 def one_cycle(step: int, num_steps: int) -> float:
@@ -92,6 +114,30 @@ def examine(
     return marks
 
 
+def check_all(num_prompts: int, say: Callable[[str], None]) -> bool:
+    """Examine every bundled model, a line for each of its templates; True if all are there and reach their marks."""
+    passed = True
+    say(f"{'model':8}{'template':20}{'exact':>8}  n = {num_prompts}, held out")
+    for name in NAMES:
+        try:
+            model = open_model(ModelSpec(path=PREFIX + name))
+        except InputError as error:
+            say(f"{name:8}{error}")
+            passed = False
+            continue
+        marks = examine(model.hf, model.tokenizer, num_prompts)
+        for template in TEMPLATES:
+            share, mark = marks[template.name], mark_of(template)
+            passed &= share >= mark
+            say(f"{name:8}{template.name:20}{share:8.3f}" + ("" if share >= mark else f"  below {mark}"))
+    return passed
+
+
+def mark_of(template: Template) -> float:
+    """Share of held-out prompts that a bundled model must answer exactly."""
+    return 0.99 if template.operation == "add" else 0.97
+
+
 def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, which halved the steps to mastery here, and AdamW for everything else."""
     named = list(model.named_parameters())
@@ -115,8 +161,8 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
     ]
 
 
-def _step(model, optimizers, tokenizer, recipe: Recipe, step: int) -> float:
-    problems = sample_problems("train", recipe.seed * 1_000_003 + step, emphasis=recipe.emphasis)
+def _step(model, optimizers, tokenizer, recipe: Recipe, step: int, emphasis: Mapping[str, float]) -> float:
+    problems = sample_problems("train", recipe.seed * 1_000_003 + step, emphasis=emphasis)
     documents = list(islice(problems, recipe.batch_prompts))
     batches = _batches(documents, tokenizer, recipe.prompt_weight, groups=2)
     total_weight = sum(batch.weights_BT.sum() for batch in batches)
@@ -150,7 +196,7 @@ def _batches(
         rows.append(([*ids, tokenizer.eos_token_id], [0.0, *weights[1:], 1.0]))
     rows.sort(key=lambda row: len(row[0]))
     cuts = [len(rows) * i // groups for i in range(groups + 1)]
-    return [_pad(rows[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [_pad(rows[start:stop]) for start, stop in pairwise(cuts)]
 
 
 def _pad(rows: list[tuple[list[int], list[float]]]) -> Batch:
@@ -190,7 +236,15 @@ def _resume(workdir: Path, model: PreTrainedModel, optimizers: list[torch.optim.
 
 
 def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
-    """Write the model in half precision with its tokenizer."""
-    model.half().eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write the model in half precision with its tokenizer, in silence, and readable for all as package data is."""
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        model.half().eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    for file in folder.iterdir():
+        file.chmod(0o644)
     return folder

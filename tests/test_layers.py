@@ -1,0 +1,194 @@
+"""Imports go downward only, and what must open without torch opens without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "throughline"
+
+# From the bottom up; docs/architecture.md has the same table in words. A part may import its own layer's parts only where
+# ALLOWED_BESIDE says so.
+LAYERS = (
+    {"errors", "registry", "study", "records", "run_dir", "zoo"},
+    {"text", "tokens", "models", "dictionaries"},
+    {"harvesting", "codes"},
+    {"training", "quality", "features", "labelers", "transfer", "tracing", "comparing", "analyzing", "zoo.training"},
+    {"executors", "session", "pipeline", "api"},
+    {"figures", "report", "cli", "zoo.__main__"},
+)
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+BESIDE_ALLOWED = {0, 2, 4, 5}  # the nouns do not know one another, nor do the verbs
+# The report is the last stage of a run; api imports it inside the function that writes it. Its needs are those of layer 0.
+EXCEPTIONS = {("api", "report")}
+TORCH_FREE = {
+    "errors",
+    "registry",
+    "study",
+    "records",
+    "run_dir",
+    "text",
+    "comparing",
+    "analyzing",
+    "figures",
+    "report",
+}
+HEAVY = {"torch", "transformers", "datasets", "ray"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names below the package and their files."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__") or "__init__"] = path
+    return found
+
+
+def imports_of(source: str) -> set[str]:
+    """Every module that a source imports, at its top or inside a function; not what only a type checker sees."""
+    found = set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add(node.module or "")
+            if node.module == "throughline":
+                found |= {f"throughline.{alias.name}" for alias in node.names}
+    return found
+
+
+def part_of(module: str) -> str:
+    """The part of the package a module belongs to: its folder, but the zoo's workshop is apart from its data."""
+    return module if module in LEVEL else module.split(".")[0]
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What is wrong with a module's imports, by the table above."""
+    part, wrong = part_of(module), []
+    for imported in imports_of(source):
+        if not imported.startswith("throughline."):
+            continue
+        other = part_of(imported.removeprefix("throughline."))
+        if other == part or other not in LEVEL or (part, other) in EXCEPTIONS:
+            continue
+        beside = LEVEL[other] == LEVEL[part] and LEVEL[part] in BESIDE_ALLOWED
+        if LEVEL[other] > LEVEL[part] or (LEVEL[other] == LEVEL[part] and not beside):
+            wrong.append(f"{module} imports {imported}")
+    return wrong
+
+
+def test_every_part_has_a_layer():
+    parts = {part_of(name) for name in modules()} - {"__init__", "__main__"}
+    assert parts == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if part_of(m) in LEVEL])
+def test_imports_go_downward(module):
+    assert violations(module, modules()[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("records", "from throughline.models import LanguageModel"),
+        ("text", "from throughline.tokens import pack"),
+        ("quality", "def f():\n    from throughline import pipeline"),
+        ("transfer.matching", "import throughline.tracing.reading"),
+        ("models.opening", "from throughline.codes import Codes"),
+    ],
+)
+def test_the_rule_can_be_broken(module, source):
+    assert len(violations(module, source)) == 1
+
+
+def test_only_the_ray_executor_imports_ray():
+    importers = {
+        name for name, path in modules().items() if any(part_of(i) == "ray" for i in imports_of(path.read_text()))
+    }
+    assert importers <= {"executors.ray"}
+
+
+@pytest.mark.parametrize("part", sorted(TORCH_FREE))
+def test_no_torch_at_the_top_of_what_opens_without_it(part):
+    for name, path in modules().items():
+        if part_of(name) == part:
+            tops = ast.Module(
+                [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)], []
+            )
+            heavy = {part_of(i) for i in imports_of(ast.unparse(tops))} & HEAVY
+            assert not heavy, f"{name} imports {heavy}"
+
+
+def loaded_by(code: str) -> set[str]:
+    """Which of the heavy packages a fresh interpreter has loaded after `code`."""
+    check = f"{code}\nimport sys\nsys.stderr.write(' '.join({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=True)
+    return set(done.stderr.split())
+
+
+HELP = "from throughline.cli import main\ntry:\n    main({!r})\nexcept SystemExit:\n    pass"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import throughline",
+        "import throughline.api",
+        "from throughline import RunDir, Study, load_study, load_run, train",
+        "import throughline.figures, throughline.report",
+        HELP.format(["--help"]),
+        HELP.format(["train", "--help"]),
+        HELP.format(["--version"]),
+    ],
+)
+def test_neither_torch_nor_transformers_is_loaded(code):
+    assert loaded_by(code) == set()
+
+
+def test_that_test_can_fail():
+    assert "torch" in loaded_by("from throughline import open_model")
+
+
+def test_the_report_is_written_without_torch(tmp_path):
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from synthetic_run import build_run\n"
+        "from throughline.report import write_report\n"
+        f"assert write_report(build_run(Path({str(tmp_path / 'run')!r}))).stat().st_size > 1000"
+    )
+    assert loaded_by(code) == set()
+
+
+def test_help_loads_no_tables_and_no_plots():
+    code = HELP.format(["--help"])
+    check = f"{code}\nimport sys\nassert not {{'polars', 'numpy', 'matplotlib', 'pydantic'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=60, check=True)
+
+
+def test_the_public_names_are_there():
+    import throughline
+
+    assert dir(throughline) == sorted(dir(throughline))
+    for name in throughline.__all__:
+        assert getattr(throughline, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = throughline.nothing
+
+
+def test_the_version_is_the_package_s():
+    import tomllib
+
+    import throughline
+
+    project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text())["project"]
+    assert throughline.__version__ == project["version"]

@@ -1,0 +1,354 @@
+"""Transfer metrics on planted features whose partners, or whose lack of any, are known."""
+
+import math
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from builders import make_codes, random_dictionary, random_documents
+from throughline.codes import Codes, encode_csr, encode_text
+from throughline.dictionaries import Dictionary
+from throughline.errors import InputError
+from throughline.models import open_model
+from throughline.records import TransferResult
+from throughline.registry import METRICS
+from throughline.run_dir import RunDir
+from throughline.study import ModelSpec, parse_study
+from throughline.tokens import collect_rows
+from throughline.transfer import Side, bootstrap_interval
+from throughline.transfer.matching import Matching
+from throughline.transfer.pairs import align, correlate, moments_of, shift_documents, shuffle_within
+from throughline.transfer.reconstruction import Reconstruction
+from throughline.zoo.texts import sample_problems
+
+DOCUMENTS = random_documents(300, seed=0, answers=True)
+NUM_TOKENS = make_codes(DOCUMENTS).num_tokens
+D, ACTIVE = 24, 3
+
+
+def sparse_features(num_features: int, seed: int, density: float = 0.08) -> np.ndarray:
+    """Independent features, active on a random share of the tokens, [N, F]."""
+    rng = np.random.default_rng(seed)
+    shape = (NUM_TOKENS, num_features)
+    return ((rng.random(shape) < density) * (0.5 + rng.random(shape))).astype(np.float32)
+
+
+def side_of(model: str, *layers: np.ndarray, residual_LND: np.ndarray | None = None, dictionaries=None) -> Side:
+    """A model whose features at each layer are given; dictionaries are random where they do not matter."""
+    codes = replace(
+        make_codes(DOCUMENTS),
+        layers={layer: sp.csr_array(features) for layer, features in enumerate(layers)},
+        residual_LND=residual_LND,
+    )
+    dictionaries = dictionaries or {i: random_dictionary(4, f.shape[1]) for i, f in enumerate(layers)}
+    return Side(model, dictionaries, codes, codes)
+
+
+def match(source: np.ndarray, target: np.ndarray, min_count: int = 20) -> TransferResult:
+    return Matching().compute(side_of("a", source), side_of("b", target), seed=0, min_count=min_count)
+
+
+# ---- the parts
+
+
+def test_correlation_is_pearsons():
+    a, b = sparse_features(12, 1), sparse_features(9, 2)
+    b[:, 3] = a[:, 5] + 0.1 * b[:, 3]
+    a[:, 7] = 0
+    a[:, 8] = 100 + 0.1 * a[:, 8]  # always on, and hardly changes
+    b[:, 2] = 100 + 0.1 * b[:, 2] + a[:, 8]
+    with np.errstate(invalid="ignore"):
+        expected = np.corrcoef(a.astype(np.float64), b.astype(np.float64), rowvar=False)[:12, 12:]
+    expected[7] = 0  # a feature that never fires correlates with nothing
+    np.testing.assert_allclose(correlate(sp.csr_array(a), sp.csr_array(b)), expected, atol=1e-6)
+
+
+def test_moments_count_zeros():
+    a = sparse_features(5, 3)
+    moments = moments_of(sp.csr_array(a))
+    np.testing.assert_array_equal(moments.num_active, (a > 0).sum(0))
+    np.testing.assert_allclose(moments.mean, a.mean(0, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(moments.deviation, a.std(0, dtype=np.float64), rtol=1e-6)
+
+
+def test_documents_are_shifted_place_by_place():
+    codes = make_codes(DOCUMENTS[:7])
+    kept = np.flatnonzero(np.random.default_rng(0).random(codes.num_tokens) < 0.8)  # as after an alignment
+    shifted = shift_documents(codes, kept, by=1)
+    numbers = codes.documents_N[kept]
+    tokens = {d: np.flatnonzero(numbers == d) for d in range(7)}
+    for i, other in enumerate(shifted):
+        document, place = numbers[i], int(np.flatnonzero(tokens[numbers[i]] == i)[0])
+        following = tokens[(document + 1) % 7]
+        assert other == (following[place] if place < len(following) else -1)
+    assert (numbers[shifted[shifted >= 0]] != numbers[shifted >= 0]).all()
+    assert (shifted >= 0).mean() > 0.7
+
+
+def test_a_lone_document_is_not_its_own_neighbour():
+    codes = make_codes(DOCUMENTS[:1])
+    assert (shift_documents(codes, np.arange(codes.num_tokens), by=1) == -1).all()
+    side = Side("a", {0: random_dictionary(4, 1)}, codes, codes)
+    with pytest.raises(InputError, match=r"two held-out documents or more, found 1; [^\n]+$"):
+        Matching().compute(side, side, seed=0, min_count=1)
+
+
+def test_shuffling_keeps_roles():
+    roles = make_codes(DOCUMENTS).roles_N
+    order = shuffle_within(roles, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.sort(order), np.arange(len(roles)))
+    np.testing.assert_array_equal(roles[order], roles)
+    assert (order != np.arange(len(roles))).mean() > 0.9 and len(np.unique(roles)) >= 4
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_bootstrap_interval_is_that_of_the_mean(binary):
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (100, 400, 1600):
+        values = (rng.random(n) < 0.4).astype(float) if binary else rng.exponential(size=n)
+        low, high = bootstrap_interval(values, seed=1)
+        assert low < values.mean() < high
+        assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(n), rel=0.15)
+        widths.append(high - low)
+    assert widths[0] > 1.5 * widths[1] > 2 * widths[2]
+    assert all(math.isnan(x) for x in bootstrap_interval(np.array([]), seed=0))
+
+
+# ---- matching
+
+
+def test_independent_features_have_no_partners():
+    arrays = match(sparse_features(400, 10), sparse_features(300, 11)).arrays
+    assert arrays["value"][0, 0] <= 0.01 and arrays["null"][0, 0] <= 0.01 and arrays["mutual"][0, 0] <= 0.01
+    assert arrays["live"].all()
+    assert (arrays["correlation"] < 0.15).all()
+
+
+def test_permuted_features_are_found_again():
+    source = sparse_features(60, 12)
+    order = np.random.default_rng(0).permutation(60)
+    noise = 1 + 0.1 * np.random.default_rng(1).standard_normal(source.shape).astype(np.float32)
+    target = np.hstack([(source * noise)[:, order], sparse_features(20, 13)])
+    arrays = match(source, target).arrays
+    np.testing.assert_array_equal(arrays["partner"][0, 0], np.argsort(order))
+    assert arrays["value"][0, 0] == arrays["mutual"][0, 0] == 1 and arrays["null"][0, 0] <= 0.02
+    for u in (0, 31, 59):
+        expected = np.corrcoef(source[:, u], target[:, arrays["partner"][0, 0, u]])[0, 1]
+        assert arrays["correlation"][0, 0, u] == pytest.approx(expected, abs=1e-5)
+    back = match(target, source).arrays
+    assert back["value"][0, 0] == pytest.approx(60 / 80, abs=0.02)
+    assert (back["partner"][0, 0, :60] == order).all()
+
+
+def test_what_the_kind_of_position_explains_is_the_null():
+    """Features of both models that fire on all numbers of the question and nowhere else match, and say nothing."""
+    role = np.unique(make_codes(DOCUMENTS).roles_N)[0]
+    on = (make_codes(DOCUMENTS).roles_N == role)[:, None] * 1.0
+    source, target = np.hstack([on, sparse_features(99, 1)]), np.hstack([on, sparse_features(99, 2)])
+    arrays = match(source.astype(np.float32), target.astype(np.float32)).arrays
+    assert arrays["correlation"][0, 0, 0] == pytest.approx(1) and arrays["partner"][0, 0, 0] == 0
+    assert 0.01 <= arrays["null"][0, 0] <= arrays["value"][0, 0] + 0.01
+
+
+def test_rare_features_are_left_out():
+    source, target = sparse_features(50, 14), sparse_features(40, 15)
+    source[:, 7] = target[:, 9] = 0
+    source[5, 7] = target[5, 9] = 3.0  # meet once: correlation 1
+    arrays = match(source, target, min_count=20).arrays
+    assert not arrays["live"][0, 7] and arrays["live"].sum() == 49
+    assert arrays["partner"][0, 0, 7] == -1 and np.isnan(arrays["correlation"][0, 0, 7])
+    assert 9 not in arrays["partner"][0, 0]
+    with_rare = match(source, target, min_count=1).arrays
+    assert with_rare["partner"][0, 0, 7] == 9 and with_rare["correlation"][0, 0, 7] == pytest.approx(1)
+
+
+def test_layers_without_live_features_have_no_value():
+    result = match(sparse_features(10, 1), sparse_features(10, 2), min_count=NUM_TOKENS)
+    assert np.isnan(result.arrays["value"]).all() and (result.arrays["partner"] == -1).all()
+    assert not result.arrays["live"].any()
+
+
+def test_layers_and_widths_keep_their_places():
+    """Three source layers of unequal width; only layer 1 has counterparts, in target layer 0."""
+    shared = sparse_features(30, 16)
+    source = side_of("a", sparse_features(50, 17), shared, sparse_features(40, 18))
+    target = side_of("b", shared[:, ::-1].copy(), sparse_features(20, 19))
+    result = Matching().compute(source, target, seed=0, min_count=20)
+    assert result.arrays["value"].shape == (3, 2) and result.arrays["partner"].shape == (3, 2, 50)
+    assert result.arrays["value"][1, 0] == 1
+    assert np.delete(result.arrays["value"].ravel(), 2).max() <= 0.05
+    np.testing.assert_array_equal(result.arrays["partner"][1, 0, :30], np.arange(30)[::-1])
+    assert (result.arrays["partner"][1, 0, 30:] == -1).all() and not result.arrays["live"][1, 30:].any()
+
+
+# ---- reconstruction
+
+
+Layer = tuple[torch.Tensor, Dictionary]  # activations [N, D] and their dictionary
+
+
+def planted_layer() -> Layer:
+    """Activations that are sums of ACTIVE of D orthonormal directions, off centre, and the dictionary that knows them."""
+    generator = torch.Generator().manual_seed(3)
+    rows_DD = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
+    chosen = torch.rand(NUM_TOKENS, D, generator=generator).topk(ACTIVE, dim=1).indices
+    f_ND = torch.zeros(NUM_TOKENS, D).scatter_(1, chosen, 1 + torch.rand(NUM_TOKENS, ACTIVE, generator=generator))
+    offset_D = torch.randn(D, generator=generator)
+    x_ND = f_ND @ rows_DD + offset_D + 0.05 * torch.randn(NUM_TOKENS, D, generator=generator)
+    return x_ND, Dictionary("topk", rows_DD.T.contiguous(), -(rows_DD @ offset_D), rows_DD, offset_D, {"k": ACTIVE})
+
+
+def turned(layer: Layer) -> Layer:
+    """The same turned by a rotation."""
+    (x_ND, d), generator = layer, torch.Generator().manual_seed(6)
+    R = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
+    return x_ND @ R, replace(d, W_enc=R.T @ d.W_enc, W_dec=d.W_dec @ R, b_dec=d.b_dec @ R)
+
+
+def scaled_and_moved(layer: Layer, a: float = 3.0) -> Layer:
+    """a x + b. Topk is homogeneous: features become a f."""
+    (x_ND, d), b_D = layer, torch.linspace(-4, 4, D)
+    return a * x_ND + b_D, replace(d, b_enc=a * d.b_enc - b_D @ d.W_enc, b_dec=a * d.b_dec + b_D)
+
+
+def reconstruct(*layers: Layer, seed: int = 0) -> dict[str, np.ndarray]:
+    return Reconstruction().compute(side := layered_side("m", *layers), side, seed=seed, min_count=1).arrays
+
+
+def layered_side(model: str, *layers: Layer) -> Side:
+    dictionaries = {i: dictionary for i, (_, dictionary) in enumerate(layers)}
+    features = [encode_csr(dictionary, x_ND).toarray() for x_ND, dictionary in layers]
+    residual_LND = np.stack([x_ND.numpy() for x_ND, _ in layers])
+    return side_of(model, *features, residual_LND=residual_LND, dictionaries=dictionaries)
+
+
+def test_a_rotation_leaves_nothing_but_the_null():
+    arrays = reconstruct(planted_layer(), turned(planted_layer()))
+    assert np.diag(arrays["value"]).min() > 0.97
+    for name in ("value", "raw"):
+        for place in ((0, 1), (1, 0)):
+            assert arrays[name][place] < arrays["null"][place] + 0.1, name
+    assert arrays["null"].max() < 0.5
+
+
+def test_scale_and_mean_do_not_count():
+    arrays = reconstruct(planted_layer(), scaled_and_moved(planted_layer()))
+    np.testing.assert_allclose(arrays["value"], arrays["ceiling"], atol=1e-5)
+    assert arrays["raw"][0, 1] < arrays["ceiling"][0, 1] - 0.1 and arrays["raw"][1, 0] < arrays["ceiling"][1, 0] - 0.1
+    np.testing.assert_allclose(np.diag(arrays["raw"]), np.diag(arrays["value"]), atol=1e-6)
+    np.testing.assert_allclose(arrays["l0"], ACTIVE, atol=0.05)
+
+
+def test_explained_variance_is_that_of_a_loop():
+    """Source layer 0 on the rotated activations, token by token in float64."""
+    layers = planted_layer(), turned(planted_layer())
+    x_i, x_j = (x.double() for x, _ in layers)
+    dictionary = layers[0][1]
+    s_i, s_j = ((x - x.mean(0)).norm(dim=1).mean() for x in (x_i, x_j))
+    left = total = 0.0
+    for x in x_j:
+        z = (x - x_j.mean(0)) * s_i / s_j + x_i.mean(0)
+        pre = z @ dictionary.W_enc.double() + dictionary.b_enc.double()
+        kept = pre.relu() * (pre >= pre.sort().values[-ACTIVE])
+        left += float((z - kept @ dictionary.W_dec.double() - dictionary.b_dec.double()).square().sum())
+        total += float((z - x_i.mean(0)).square().sum())
+    assert reconstruct(*layers)["value"][0, 1] == pytest.approx(1 - left / total, abs=1e-4)
+
+
+def test_reconstruction_is_within_one_model():
+    with pytest.raises(InputError, match=r"one model"):
+        Reconstruction().compute(
+            layered_side("a", planted_layer()), layered_side("b", planted_layer()), seed=0, min_count=1
+        )
+
+
+# ---- two tokenizers
+
+
+@pytest.fixture(scope="module")
+def zoo_sides() -> list[Side]:
+    """gpt2 (numbers whole) and pythia (digits alone) on the same forty problems, with random dictionaries."""
+    documents = list(islice(sample_problems("heldout", 0), 40))
+    sides = []
+    for name in ("zoo/gpt2", "zoo/pythia"):
+        model = open_model(ModelSpec(path=name))
+        dictionaries = {layer: random_dictionary(model.d_model, 24, k=4, seed=layer) for layer in (1, 3)}
+        codes = encode_text(model, dictionaries, collect_rows(documents, model.tokenizer, 64), documents, True)
+        sides.append(Side(name, dictionaries, codes, codes))
+    return sides
+
+
+def test_tokens_are_aligned_where_they_end(zoo_sides):
+    whole, digits = (side.codes for side in zoo_sides)
+    aligned = align(whole, digits)
+    expected = pairs_by_loop(whole, digits)
+    assert list(zip(aligned.source_N.tolist(), aligned.target_N.tolist(), strict=True)) == expected
+    assert aligned.coverage == pytest.approx(len(expected) / whole.num_tokens)
+    texts = [(whole.token_texts[i], digits.token_texts[j]) for i, j in expected]
+    numbers = [(a, b) for a, b in texts if a.strip().isdigit() and len(a.strip()) == 2]
+    assert len(numbers) > 80 and all(len(b) == 1 and a.endswith(b) for a, b in numbers), "the units digit"
+    assert all(b.endswith(a) or a.endswith(b) for a, b in texts)
+
+
+def pairs_by_loop(a: Codes, b: Codes) -> list[tuple[int, int]]:
+    places = {(int(d), int(e)): j for j, (d, e) in enumerate(zip(b.documents_N, b.ends_N, strict=True))}
+    ends = enumerate(zip(a.documents_N.tolist(), a.ends_N.tolist(), strict=True))
+    return [(i, places[place]) for i, place in ends if place in places]
+
+
+def test_codes_are_in_reading_order_with_their_own_activations(zoo_sides):
+    """Token i's text, features and activations belong together, whatever row it was packed into."""
+    codes, model = zoo_sides[1].codes, open_model(ModelSpec(path="zoo/pythia"))
+    order = np.lexsort((codes.starts_N, codes.documents_N))
+    np.testing.assert_array_equal(order, np.arange(codes.num_tokens))
+    for number in (0, 17, 39):
+        ids = model.tokenizer(codes.documents[number].text).input_ids
+        here = codes.documents_N == number
+        np.testing.assert_array_equal(codes.ids_N[here], ids)
+        with torch.no_grad():
+            alone = model.run(model.inputs(np.array([ids])), capture=[3], logits=False).residuals[3][0]
+        np.testing.assert_allclose(codes.residual_LND[1][here], alone, atol=1e-4)
+        f = zoo_sides[1].dictionaries[3].encode(alone)
+        np.testing.assert_allclose(codes.layers[3][here].toarray(), f, atol=1e-4)
+
+
+# ---- every metric
+
+
+@pytest.fixture(scope="module")
+def layered() -> Side:
+    return layered_side("org/model-1.5", planted_layer(), turned(planted_layer()), scaled_and_moved(planted_layer()))
+
+
+@pytest.mark.parametrize("name", METRICS.names())
+def test_every_metric_keeps_the_contract(name, layered, zoo_sides, tmp_path):
+    metric = METRICS.load(name)()
+    assert metric.name == name
+    pairs = [(layered, layered), (zoo_sides[0], zoo_sides[0])]
+    if metric.across_models:
+        pairs += [tuple(zoo_sides), tuple(zoo_sides[::-1])]
+    run = RunDir.create(tmp_path / "run", parse_study({"name": "x", "models": ["zoo/gpt2"], "data": {"path": "x"}}))
+    for source, target in pairs:
+        result = metric.compute(source, target, seed=0, min_count=10)
+        info, arrays = result.info, result.arrays
+        assert (info.metric, info.source, info.target, info.seed) == (name, source.model, target.model, 0)
+        assert (info.source_layers, info.target_layers) == (source.layers, target.layers)
+        assert info.quantity and info.num_tokens > 100 and info.num_documents > 10 and 0 < info.coverage <= 1
+        assert info.coverage == 1 or source is not target
+        assert (info.null is not None) == ("null" in arrays) and (info.ceiling is not None) == ("ceiling" in arrays)
+        shape = (len(source.layers), len(target.layers))
+        assert all(arrays[key].shape == shape for key in ("value", "low", "high", *({"null", "ceiling"} & set(arrays))))
+        assert (arrays["low"] <= arrays["value"] + 1e-9).all() and (arrays["value"] <= arrays["high"] + 1e-9).all()
+        again = metric.compute(source, target, seed=0, min_count=10)
+        run.write_transfer(result)
+        for other in (again, run.transfer(name, source.model, target.model)):
+            assert other.info == info and other.arrays.keys() == arrays.keys()
+            for key, array in arrays.items():
+                np.testing.assert_array_equal(other.arrays[key], array)
+                assert other.arrays[key].dtype == array.dtype
+    assert len(run.transfers()) == len(pairs)
