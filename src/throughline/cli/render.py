@@ -99,7 +99,7 @@ def coverage(tables: dict[str, pl.DataFrame], bar: float) -> None:
 
 def transfers(results: list[TransferResult]) -> None:
     """Each pair of models in a row: mean over layer pairs, null, ceiling and n."""
-    table = Table("metric", "from", "to", "mean", "null", "ceiling", "tokens", "coverage", box=None, pad_edge=False)
+    table = _table("metric", "from", "to", "mean", "null", "ceiling", "tokens", "coverage", words=3)
     for result in results:
         value = result.arrays["value"]
         off = ~_diagonal(result)
@@ -168,7 +168,7 @@ def trace(found: Trace) -> None:
         out.print(Text(f'The answer is wrong: "{found.answer}", right is "{found.expected}".', style="bold red"))
     else:
         right = " (right)" if found.correct else ""
-        lead = f'{found.score:+.1f} logits ahead of "{found.runner_up}"'
+        lead = f"lead over the runner-up {found.score:+.1f} logits"
         out.print(Text(f'Answer "{found.answer}"{right}  p = {found.answer_probability:.2f}  {lead}'), soft_wrap=True)
     if found.forced:
         out.print("Dictionaries failed the quality gate; this was made with --force.")

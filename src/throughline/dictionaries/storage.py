@@ -15,6 +15,7 @@ from torch import Tensor
 
 from throughline.dictionaries.dictionary import Dictionary
 from throughline.errors import DamagedFileError, InputError
+from throughline.registry import ARCHITECTURES
 from throughline.run_dir import replacing
 
 SAELENS_VERSION = "6.54.12"  # whose layout this is
@@ -50,6 +51,8 @@ def load_dictionary(folder: Path, device: str = "cpu") -> Dictionary:
         config = json.loads((folder / CONFIG).read_text())
         weights = load_file(folder / WEIGHTS)
         architecture = FROM_SAELENS.get(config["architecture"], config["architecture"])
+        if architecture not in ARCHITECTURES.names():
+            raise DamagedFileError(f"dictionary in {folder} has an unknown architecture, {architecture!r}")
         options = {name: value for name, value in config.items() if name not in NOT_OPTIONS}
         dictionary = Dictionary(
             architecture,

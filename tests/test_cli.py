@@ -1,0 +1,557 @@
+"""The command line: what each command prints, what it says of wrong input, and what it leaves behind.
+
+One tiny run serves all tests; they run in one worker, so that it is made once.
+"""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from throughline import api
+from throughline.cli import main
+from throughline.errors import GateError, InputError
+from throughline.run_dir import RunDir
+from throughline.study import parse_study
+
+pytestmark = pytest.mark.xdist_group("cli")
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "What is 15 + 27?"
+COMMANDS = (
+    "demo init run train status evaluate features label transfer report trace compare".split()  # noqa: SIM905
+)
+LENIENT = {"max_l0_share": 1.0, "max_fvu": 1.0, "min_ce_recovered": 0.0, "max_dead": 1.0}
+STUDY = {
+    "name": "tiny",
+    "models": [{"path": "zoo/pythia", "layers": [0, 1]}, {"path": "zoo/gpt2", "layers": [0, 1]}],
+    "data": {"path": "zoo/arithmetic", "context": 64},
+    "dictionary": {"architecture": "topk", "d_sae": 64, "k": 8},
+    "training": {"tokens": 6000, "batch_tokens": 256},
+    "gate": LENIENT,
+    "evaluation": {"tokens": 2000, "spliced_tokens": 600, "sample_tokens": 1000},
+    "features": {"contexts": 2},
+    "transfer": {"min_count": 5},
+    "trace": {"prompts": [PROMPT], "features": 3, "answer_tokens": 4},
+}
+LONG_PROMPT = "What is " + "1 " * 90
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A whole run of STUDY, not to be changed; its study file lies beside it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    api.run(folder / "study.yaml", folder / "run", device="cpu")
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> Path:
+    """A copy of that run, to be changed."""
+    return shutil.copytree(tiny, tmp_path / "run")
+
+
+@pytest.fixture
+def say(capsys):
+    """Run a command here; returns exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err  # type: ignore[return-value]
+
+    return run
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """The one line of a command that refused its input."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("throughline: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert len(err) < 400
+    return err
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def written_study(folder: Path, **changes) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(STUDY | changes))
+    return path
+
+
+# ---- wrong input of train and run: one line, exit code 2, nothing written
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"trainng": {}}, "unknown key trainng; did you mean training?"),
+        ({"dictionary": {"kk": 8}}, "unknown key dictionary.kk; did you mean k?"),
+        ({"training": {"tokens": "many"}}, "training.tokens: input should be a valid integer, found 'many'"),
+        ({"models": [{"path": "zoo/pythia", "layers": [0, 6]}]}, "layer 6 asked of zoo/pythia, which has layers 0-5"),
+        ({"models": ["zoo/pythja"]}, "zoo model 'zoo/pythja' is unknown; did you mean 'zoo/pythia'?"),
+        ({"models": ["weightless"]}, "weightless has config.json but no weights"),
+        ({"models": ["./nowhere"]}, "model folder nowhere does not exist"),
+        ({"models": ["someone/some-model"]}, "model someone/some-model cannot be opened"),
+        ({"data": {"path": "none.jsonl"}}, "data.path none.jsonl does not exist"),
+        ({"data": {"path": "empty.jsonl"}}, "empty.jsonl has no documents"),
+        ({"data": {"path": "empty.txt"}}, "empty.txt has no documents"),
+        ({"data": {"path": "empty.csv"}}, "empty.csv has no documents"),
+        ({"data": {"path": "someone/some-data"}}, "hub dataset 'someone/some-data'"),
+        ({"trace": {"prompts": [""]}}, "the prompt is empty"),
+        ({"trace": {"prompts": [LONG_PROMPT]}}, "zoo/pythia sees 64 and needs at least one for the answer"),
+    ],
+)
+def test_a_study_that_cannot_work_is_refused_before_anything_is_written(
+    say, tmp_path, monkeypatch, command, changes, expected
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weightless").mkdir()
+    zoo = ROOT / "src" / "throughline" / "zoo" / "pythia"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(zoo / name, tmp_path / "weightless")
+    for name in ("empty.jsonl", "empty.txt", "empty.csv"):
+        (tmp_path / name).touch()
+    study = written_study(tmp_path, **changes)
+    before = snapshot(tmp_path)
+    assert expected in refused(say(command, study, "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--set", "training.tokens=lots"], "training.tokens: input should be a valid integer"),
+        (["--set", "tokens"], "--set expects a.b=value, found 'tokens'"),
+        (["--device", "gpu"], "device 'gpu' is unknown; expected cpu, cuda"),
+        (["--device", "cuda:99"], "device cuda:99 is not there"),
+    ],
+)
+def test_wrong_options_of_train(say, tmp_path, arguments, expected):
+    study = written_study(tmp_path)
+    assert expected in refused(say("train", study, "--out", tmp_path / "out", *arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_is_not_there(say, tmp_path):
+    assert "does not exist; `throughline init` writes one" in refused(say("train", tmp_path / "none.yaml"))
+
+
+def test_an_existing_run_is_not_touched_without_resume(say, tiny):
+    before = snapshot(tiny)
+    for command in ("train", "run"):
+        message = refused(say(command, tiny.parent / "study.yaml", "--out", tiny))
+        assert "holds a run already; continue it with --resume, or give another with --out" in message
+    assert snapshot(tiny) == before
+
+
+def test_other_folders_and_files_are_never_written_into(say, tmp_path):
+    study = written_study(tmp_path)
+    assert "is not empty and not a run folder" in refused(say("train", study, "--out", tmp_path, "--resume"))
+    assert "is a file; give a folder with --out" in refused(say("train", study, "--out", study))
+    assert snapshot(tmp_path) == {"study.yaml": study.read_bytes()}
+
+
+def test_a_real_process_behaves_alike(tmp_path):
+    study = written_study(tmp_path, trainng={})
+    command = [sys.executable, "-m", "throughline", "train", str(study), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    refused((done.returncode, done.stdout, done.stderr))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- wrong input of commands on a run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trace", PROMPT], "this run has 2 models; say which with --model (zoo/pythia, zoo/gpt2)"),
+        (["trace", PROMPT, "--model", "pythja"], "model 'pythja' is unknown; did you mean 'zoo/pythia'?"),
+        (["trace", "", "--model", "zoo/pythia"], "the prompt is empty"),
+        (["trace", "  \n", "--model", "zoo/pythia"], "the prompt is empty"),
+        (["trace", LONG_PROMPT, "--model", "zoo/pythia"], "zoo/pythia sees 64 and needs at least one for the answer"),
+        (["trace", PROMPT, "--model", "zoo/gpt2", "--device", "tpu"], "device 'tpu' is unknown"),
+        (["compare", "", "--model", "zoo/gpt2", "--model", "zoo/pythia"], "the prompt is empty"),
+        (["compare", LONG_PROMPT], "needs at least one for the answer"),
+        (["compare", PROMPT, "--model", "zoo/gpt2"], "compare needs two models or more, found zoo/gpt2"),
+        (["compare", PROMPT, "--model", "zoo/gpt2", "--model", "phi"], "model 'phi' is unknown"),
+        (["transfer", "--metric", "machting"], "metric 'machting' is unknown; did you mean 'matching'?"),
+        (["transfer", "--metric", "no.module:Metric"], "metric 'no.module:Metric' cannot be loaded"),
+    ],
+)
+def test_wrong_arguments_change_nothing(say, tiny, arguments, expected):
+    before = snapshot(tiny)
+    command, *rest = arguments
+    assert expected in refused(say(command, tiny, *rest))
+    assert snapshot(tiny) == before
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "evaluate", "features", "label", "transfer", "report", "trace", "compare"]
+)
+def test_a_folder_that_is_no_run(say, tmp_path, command):
+    prompt = [PROMPT] if command in ("trace", "compare") else []
+    assert "is not a run folder (it has no study.yaml and run.json)" in refused(say(command, tmp_path, *prompt))
+    assert "does not exist" in refused(say(command, tmp_path / "none", *prompt))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["evaluate", "features", "label", "transfer", "trace", "compare"])
+def test_a_run_without_dictionaries_names_what_makes_them(say, tmp_path, command):
+    run = RunDir.create(tmp_path / "run", parse_study(STUDY))
+    prompt = {"trace": [PROMPT, "--model", "zoo/gpt2"], "compare": [PROMPT]}.get(command, [])
+    assert re.search(r"`throughline (train|features|transfer) ", refused(say(command, run.root, *prompt)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--preset", "seed99"], "preset 'seed99' is unknown; did you mean 'seed98'?"),
+        (["no/such/folder.yaml"], "no/such/folder.yaml: No such file or directory"),
+    ],
+)
+def test_wrong_arguments_of_init(say, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(say("init", *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trase"], "No such command 'trase'; see throughline --help"),
+        (["trace"], "Missing argument 'run'; see throughline trace --help"),
+        (["trace", "a", "b", "--bad"], "No such option: --bad; see throughline trace --help"),
+        (["status", "a", "b"], "unexpected extra argument"),
+        (["train", "a", "--out"], "see throughline train --help"),
+        (["--bad"], "No such option: --bad; see throughline --help"),
+    ],
+)
+def test_wrong_usage_is_one_line_too(say, arguments, expected):
+    assert expected in refused(say(*arguments))
+
+
+# ---- what goes wrong later
+
+
+def test_tables_of_other_settings_are_not_traced(say, copy):
+    study = yaml.safe_load((copy / "study.yaml").read_text())
+    study["dictionary"]["k"] = 4
+    (copy / "study.yaml").write_text(yaml.safe_dump(study))
+    message = refused(say("trace", copy, PROMPT, "--model", "zoo/gpt2"))
+    assert "was made from other settings than its study has now" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("models/zoo-gpt2/features.parquet", ["trace", PROMPT, "--model", "zoo/gpt2"]),
+        ("models/zoo-gpt2/labels.parquet", ["trace", PROMPT, "--model", "zoo/gpt2"]),
+        ("models/zoo-gpt2/layer_01/sae_weights.safetensors", ["trace", PROMPT, "--model", "zoo/gpt2"]),
+        ("transfer/matching/zoo-gpt2__zoo-pythia.safetensors", ["compare", PROMPT]),
+        ("manifest.json", ["status"]),
+        ("run.json", ["status"]),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line_with_exit_code_1(say, copy, name, command):
+    path = copy / name
+    path.write_bytes(path.read_bytes()[:-40])
+    code, out, err = say(command[0], copy, *command[1:])
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert Path(name).name in err
+
+
+def test_a_damaged_file_is_made_again_by_a_run_with_resume(say, copy, tiny):
+    path = copy / "models/zoo-gpt2/labels.parquet"
+    good = path.read_bytes()
+    path.write_bytes(good[:-40])
+    code, _, err = say("run", tiny.parent / "study.yaml", "--out", copy, "--resume")
+    assert code == 0
+    assert "labels.parquet does not match its checksum; label/zoo/gpt2 is done again" in err
+    assert path.read_bytes() == good
+
+
+def test_the_gate_stops_with_the_figures(say, copy, tiny):
+    strict = ["--resume", "--set", "gate.max_fvu=0.001"]
+    code, out, err = say("run", tiny.parent / "study.yaml", "--out", copy, *strict)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("throughline: quality gate failed: zoo/pythia layer 0 (FVU 0.")
+    assert "--force" in err
+    assert out.count("> 0.001") == 4  # the table says it of every layer
+    for command in (
+        ["features"],
+        ["label"],
+        ["transfer"],
+        ["trace", PROMPT, "--model", "zoo/gpt2"],
+        ["compare", PROMPT],
+    ):
+        code, out, err = say(command[0], copy, *command[1:])
+        assert (code, out, err.count("\n")) == (1, "", 1), command
+    code, out, _ = say("evaluate", copy)
+    assert code == 1
+    assert "FVU 0." in out
+    with pytest.raises(GateError):
+        api.features(copy)
+
+
+def test_a_forced_run_says_so_everywhere(say, copy, tiny):
+    strict = ["--resume", "--set", "gate.max_fvu=0.001", "--force"]
+    code, out, err = say("run", tiny.parent / "study.yaml", "--out", copy, *strict)
+    assert code == 0
+    assert err.count("4 dictionaries failed the quality gate; every output says so") == 1
+    assert "made with --force" in out
+    assert "gate overridden" in say("status", copy)[1]
+    assert all(trace.forced for trace in RunDir.open(copy).traces())
+    assert json.loads(say("trace", copy, PROMPT, "--model", "zoo/gpt2", "--force", "--json")[1])["forced"]
+
+
+def test_interruption_is_one_line(say, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "train", interrupted)
+    code, out, err = say("train", written_study(tmp_path))
+    assert (code, out, err) == (130, "", "throughline: stopped; train and run continue with --resume\n")
+
+
+def test_a_full_disk_is_one_line(say, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "runs/tiny/manifest.json")
+
+    monkeypatch.setattr(api, "train", full)
+    code, out, err = say("train", written_study(tmp_path))
+    assert (code, out, err) == (1, "", "throughline: runs/tiny/manifest.json: No space left on device\n")
+
+
+# ---- what commands print
+
+
+def test_the_whole_run_has_everything(tiny):
+    run = RunDir.open(tiny)
+    assert len(run.traces()) == 2
+    assert len(run.comparisons()) == 1
+    assert (tiny / "report" / "index.html").stat().st_size > 10_000
+    assert len(run.transfers()) == 6
+    assert run.analysis() is not None
+
+
+def test_what_is_done_is_skipped(say, copy, tiny):
+    before = snapshot(copy)
+    code, out, err = say("run", tiny.parent / "study.yaml", "--out", copy, "--resume")
+    assert code == 0
+    assert "evaluating" not in err
+    assert "tracing" not in err
+    assert "report: " in out
+    changed = {name for name, content in snapshot(copy).items() if before[name] != content}
+    assert not {name for name in changed if name.startswith(("models", "transfer", "traces", "manifest"))}
+
+
+def test_training_alone_says_how_to_go_on(say, tmp_path):
+    study = written_study(tmp_path, models=[STUDY["models"][1]])
+    code, out, err = say("train", study, "--out", tmp_path / "run")
+    assert (code, out) == (0, f"trained; evaluate with: throughline evaluate {tmp_path / 'run'}\n")
+    assert re.search(r"zoo/gpt2: step 23/23, 2 layers, FVU 0\.\d+, L0 8\.0, .* tokens/s, 0:00 left", err)
+    assert say("train", study, "--out", tmp_path / "quiet", "--quiet") == (0, "", "")
+    state = json.loads(say("status", tmp_path / "run", "--json")[1])["models"]["zoo/gpt2"]
+    assert (state["state"], state["steps"]["evaluate"]) == ("done", False)
+    assert "waiting" in say("status", tmp_path / "run")[1]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "features", "label", "transfer", "status"])
+def test_tables_and_their_json(say, tiny, command):
+    code, out, err = say(command, tiny)
+    assert (code, err) == (0, "")
+    assert "zoo/pythia" in out
+    assert all(len(line.rstrip()) <= 118 for line in out.splitlines())
+    code, out, err = say(command, tiny, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out, parse_constant=pytest.fail)
+    assert "\x1b" not in out
+
+
+def test_json_says_what_the_table_says(say, tiny):
+    qualities = json.loads(say("evaluate", tiny, "--json")[1])
+    assert [(q["model"], q["layer"]) for q in qualities] == [(m, i) for m in ("zoo/pythia", "zoo/gpt2") for i in (0, 1)]
+    table = say("evaluate", tiny)[1]
+    assert all(f"{q['fvu']:.4f}" in table for q in qualities)
+    assert f"{qualities[0]['num_tokens']:,} held-out tokens" in table
+    features = json.loads(say("features", tiny, "--json")[1])
+    assert [len(rows) for rows in features.values()] == [128, 128]
+    transfers = json.loads(say("transfer", tiny, "--metric", "matching", "--json")[1])
+    assert {"value", "null", "low", "high"} <= set(transfers[0]["arrays"])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "features", "label", "transfer"])
+def test_quiet_prints_nothing_but_json(say, tiny, command):
+    assert say(command, tiny, "--quiet") == (0, "", "")
+    assert json.loads(say(command, tiny, "--quiet", "--json")[1])
+
+
+def test_the_report_says_where_it_is(say, copy):
+    page = copy / "report" / "index.html"
+    page.unlink()
+    assert say("report", copy) == (0, f"report: {page}\n", "")
+    assert page.exists()
+
+
+def test_a_trace_in_words(say, copy):
+    code, out, err = say("trace", copy, PROMPT, "--model", "zoo/pythia")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith(f'Input: "{PROMPT}"')
+    assert lines[0].endswith("model zoo/pythia")
+    assert lines[1].startswith('Answer "42" (right)  p = ')
+    assert sum(line.startswith("Layer ") for line in lines) == 2
+    assert all(re.search(r"#\d+ +at '.*' .* \d\.\d\d .* if off: [+-]\d+\.\d\d", x) for x in lines if "#" in x)
+    assert "a random active feature" in out
+
+
+def test_a_wrong_answer_is_said_first(say, copy):
+    prompt = "What is 99 + 99 + 99?"
+    code, out, _ = say("trace", copy, prompt, "--model", "zoo/pythia")
+    found = next(t for t in RunDir.open(copy).traces() if t.prompt == prompt)
+    assert code == 0
+    if found.correct is False:
+        assert out.splitlines()[1].startswith("The answer is wrong: ")
+
+
+def test_text_from_a_prompt_is_never_markup(say, copy):
+    code, out, _ = say("trace", copy, "[bold red]What[/bold red] :smile: is 15 + 27?", "--model", "zoo/pythia")
+    assert code == 0
+    assert "[bold red]What[/bold red] :smile:" in out
+
+
+def test_a_trace_as_json_follows_its_schema(say, copy):
+    code, out, err = say("trace", copy, PROMPT, "--model", "zoo/gpt2", "--json")
+    assert (code, err) == (0, "")
+    schema = json.loads((ROOT / "docs" / "trace.schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
+    found = json.loads(out)
+    validator.validate(found)
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(found | {"answer": 5})
+    for path in (copy / "traces").glob("*.json"):
+        if not path.name.startswith("compare-"):
+            validator.validate(json.loads(path.read_text()))
+
+
+def test_a_comparison(say, copy):
+    code, out, err = say("compare", copy, PROMPT)
+    assert (code, err) == (0, "")
+    assert out.count('"42"') == 2
+    assert "above the 99.9% quantile" in out
+    found = json.loads(say("compare", copy, PROMPT, "--json")[1])
+    assert found["models"] == ["zoo/pythia", "zoo/gpt2"]
+    for shares in found["shares"].values():
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_init_writes_studies_that_can_be_read(say, tmp_path):
+    for preset in api.PRESETS:
+        path = tmp_path / f"{preset}.yaml"
+        code, out, _ = say("init", path, "--preset", preset)
+        assert (code, out) == (0, f"{path} written; start it with: throughline run {path}\n")
+        assert "exists; give another name" in refused(say("init", path))
+
+
+# ---- status
+
+
+def strip_steps(run: Path, *names: str) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    kept = {step: record for step, record in manifest.items() if not any(name in step for name in names)}
+    (run / "manifest.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("age", "more", "state"),
+    [
+        (1, {}, "running"),
+        (3600, {}, "stopped"),
+        (3600, {"failed": "layer 1: the loss is nan"}, "failed"),
+        (None, {}, "waiting"),
+    ],
+)
+def test_the_status_of_a_run_half_done(say, copy, age, more, state):
+    strip_steps(copy, "zoo/gpt2")
+    progress = json.loads((copy / "progress.json").read_text())
+    if age is None:
+        del progress["zoo/gpt2"]
+    else:
+        progress["zoo/gpt2"] |= {"at": time.time() - age, "step": 7, "eta_seconds": 12.0} | more
+    (copy / "progress.json").write_text(json.dumps(progress))
+    found = json.loads(say("status", copy, "--json")[1])["models"]
+    assert found["zoo/pythia"]["state"] == "done"
+    assert found["zoo/pythia"]["layers"]["0"] == {"state": "done", "gate": []}
+    assert found["zoo/gpt2"]["state"] == state
+    assert found["zoo/gpt2"]["layers"]["1"]["state"] == state
+    lines = [line for line in say("status", copy)[1].splitlines() if line.startswith("zoo/gpt2")]
+    assert len(lines) == 1
+    assert state in lines[0]
+    shown = {"running": "step 7/23", "stopped": "step 7/23", "failed": "the loss is nan", "waiting": ""}[state]
+    assert shown in lines[0]
+    assert ("12 s left" in lines[0]) == (state == "running")
+
+
+def test_a_failed_training_is_remembered(say, tmp_path):
+    lines = "\n".join(json.dumps({"text": f"story {i} has a few words only"}) for i in range(20))
+    (tmp_path / "few.jsonl").write_text(lines)
+    study = written_study(tmp_path, data={"path": "few.jsonl"}, models=["zoo/gpt2"])
+    code, out, err = say("train", study, "--out", tmp_path / "run", "--set", "training.batch_tokens=2048")
+    assert (code, out) == (1, "")
+    assert "less than one batch" in err.splitlines()[-1]
+    state = json.loads(say("status", tmp_path / "run", "--json")[1])["models"]["zoo/gpt2"]
+    assert state["state"] == "failed"
+    assert "less than one batch" in state["failed"]
+
+
+# ---- help
+
+
+def test_version_and_help(say):
+    import throughline
+
+    assert say("--version") == (0, f"{throughline.__version__}\n", "")
+    code, out, err = say("--help")
+    assert (code, err) == (0, "")
+    assert all(f"  {command} " in out for command in COMMANDS)
+    assert say()[:2] == (0, out)
+
+
+def test_no_sentence_of_the_help_is_cut_short(say):
+    assert "..." not in say("--help")[1].replace("[ARGS]...", "")
+
+
+@pytest.mark.parametrize("name", ["cli.md", "trace.schema.json"])
+def test_generated_documents_are_current(name):
+    made = runpy.run_path(str(ROOT / "docs" / "generate.py"))["render_all"]()
+    assert (ROOT / "docs" / name).read_text() == made[name], "run `make docs`"
+
+
+def test_every_command_is_a_function():
+    for command in COMMANDS:
+        assert callable(getattr(api, command))
+    with pytest.raises(InputError):
+        api.choose_device("gpu")
