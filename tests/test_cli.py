@@ -239,7 +239,8 @@ def test_wrong_arguments_of_init(say, tmp_path, monkeypatch, arguments, expected
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trase"], "No such command 'trase'; see throughline --help"),
+        (["xyzzy"], "No such command 'xyzzy'; see throughline --help"),
+        (["trase"], "No such command 'trase'. Did you mean 'trace', "),
         (["trace"], "Missing argument 'run'; see throughline trace --help"),
         (["trace", "a", "b", "--bad"], "No such option: --bad; see throughline trace --help"),
         (["status", "a", "b"], "unexpected extra argument"),

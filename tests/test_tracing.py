@@ -346,7 +346,9 @@ def test_tokens_cover_prompt_and_answer(case):
     trace = read(*case)
     shown = [t for t in trace.tokens if t[2] < t[3]]
     assert trace.prompt[shown[0][2] : shown[0][3]] == shown[0][1]
-    whole = trace.prompt + case.inputs.model.tokenizer.decode([t[0] for t in trace.tokens[trace.num_prompt_tokens :]])
+    decode, ids = case.inputs.model.tokenizer.decode, [t[0] for t in trace.tokens]
+    before = decode(ids[: trace.num_prompt_tokens], skip_special_tokens=True)
+    whole = trace.prompt + decode(ids, skip_special_tokens=True)[len(before) :]
     for _, text, start, end in shown[: trace.num_prompt_tokens]:
         assert whole[start:end] == text
     assert shown[-1][3] == len(whole)

@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except ThroughlineError as error:
         _end(str(error), error.exit_code)
     except TyperException as error:
-        _end(f"{error.format_message().rstrip('.')}; see throughline {_asked(arguments)}--help", 2)
+        said = error.format_message().rstrip(".")
+        _end(f"{said}{' See' if said.endswith('?') else '; see'} throughline {_asked(arguments)}--help", 2)
     except (KeyboardInterrupt, SystemExit) as stop:
         code = STOPPED if isinstance(stop, KeyboardInterrupt) else stop.code
     except BrokenPipeError:  # the reader of our output has gone

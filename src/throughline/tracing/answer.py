@@ -104,3 +104,9 @@ def _logits(model: LanguageModel, ids_BT: Tensor) -> Tensor:
     logits = model.run(model.inputs(ids_BT)).logits
     assert logits is not None
     return logits
+
+
+def spell(model: LanguageModel, prompt_ids: list[int], ids: list[int]) -> str:
+    """The characters that `ids` add to the prompt's. Decoded alone, some tokenizers drop the space in front."""
+    before = model.tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    return model.tokenizer.decode(prompt_ids + ids, skip_special_tokens=True)[len(before) :]

@@ -24,7 +24,7 @@ from throughline.errors import InputError
 from throughline.models import LanguageModel
 from throughline.records import PARTS, TOKEN_KINDS, ActiveFeature, Label, LayerReading, Token, Trace, role_of
 from throughline.tokens import encode_prompt, kind_of_text
-from throughline.tracing.answer import Answer, answer_under, find_answer
+from throughline.tracing.answer import Answer, answer_under, find_answer, spell
 
 BATCH = 64
 OFF = "its mean activation over held-out tokens of the same kind ({}) in the same part of the text ({})"
@@ -79,7 +79,7 @@ def trace_prompt(
     check_prompt(prompt)
     tokens = encode_prompt(model.tokenizer, prompt)
     answer = find_answer(model, [t.id for t in tokens], most_answer_tokens)
-    answer_text = model.tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
+    answer_text = spell(model, answer.prompt_ids, answer.answer_ids)
     shown, roles = _with_answer(model, prompt, tokens, answer)
     residuals, gradients, score = _differentiate(inputs, answer)
     rng = np.random.default_rng([inputs.seed, *prompt.encode()])
@@ -129,7 +129,7 @@ def _with_answer(
     last = max(token.end for token in tokens)
     roles = [role_of(kind_of_text(prompt[t.start : t.end]), t.end == last) if t.end > t.start else -1 for t in tokens]
     for i in range(len(answer.answer_ids)):
-        so_far = prompt + model.tokenizer.decode(answer.answer_ids[: i + 1], skip_special_tokens=True)
+        so_far = prompt + spell(model, answer.prompt_ids, answer.answer_ids[: i + 1])
         piece = so_far[len(text) :]
         shown.append(Token(answer.answer_ids[i], piece, len(text), len(so_far)))
         roles.append(role_of(kind_of_text(piece), True))
@@ -212,7 +212,7 @@ def _switch_off(inputs: TraceInputs, answer: Answer, nodes: list[_Node], score: 
                 return out
 
             said = answer_under(model, answer, logits[row], {node.layer: one})
-            answers.append(model.tokenizer.decode(said, skip_special_tokens=True).strip())
+            answers.append(spell(model, answer.prompt_ids, said).strip())
     return effects, answers
 
 
