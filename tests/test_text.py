@@ -13,7 +13,7 @@ import pytest
 from throughline.errors import InputError
 from throughline.records import Document
 from throughline.study import DataSpec
-from throughline.text import is_heldout, read_documents
+from throughline.text import is_heldout, measure_text, read_documents
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"{2 * i}, né {i} 🙂"} for i in range(60)]
@@ -234,3 +234,11 @@ def test_hub_failures_say_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> Non
     said = message(spec("nobody/nothing", config="c"))
     assert "hub dataset 'nobody/nothing', config 'c', split 'train' cannot be read: no route" in said
     assert ".txt .jsonl .csv .parquet" in said
+
+
+def test_local_text_is_measured_and_endless_text_is_not(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    assert measure_text(DataSpec(path=str(tmp_path / "a.jsonl"))) == 16
+    assert measure_text(DataSpec(path=str(tmp_path))) == 16
+    assert measure_text(DataSpec(path="zoo/arithmetic")) is None
+    assert measure_text(DataSpec(path="nobody/nothing")) is None

@@ -30,7 +30,7 @@ from throughline.registry import LABELERS, METRICS
 from throughline.run_dir import digest_key
 from throughline.session import Session
 from throughline.study import ModelSpec, Study
-from throughline.text import read_documents
+from throughline.text import measure_text, read_documents
 from throughline.tokens import encode_prompt, open_tokenizer, stream_rows, take_documents
 from throughline.tracing import TraceInputs, check_prompt, trace_prompt
 from throughline.training import Progress, train
@@ -39,6 +39,7 @@ from throughline.zoo.texts import solve
 
 HARVEST_TOKENS = 8192
 PROBE_TOKENS = 16
+MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
 Report = Callable[[Progress], None]
 
 
@@ -96,6 +97,7 @@ def _train_model(session: Session, spec: ModelSpec, report: Report) -> None:
     layers = session.layers(spec)
     specs = {layer: study.dictionary_for(spec).at_layer(layer) for layer in layers}
     with run.step(*_train_step(session, spec)) as files:
+        training = study.training.model_copy(update={"tokens": _tokens_of_an_epoch(session, spec.name)})
         source = activations(session, spec.name, layers)
         first = next(source, None)
         if first is None:
@@ -104,7 +106,7 @@ def _train_model(session: Session, spec: ModelSpec, report: Report) -> None:
         dictionaries = train(
             _prepend(first, source),
             specs,
-            study.training,
+            training,
             model=spec.name,
             num_layers=model.num_layers,
             report=keep_progress,
@@ -114,6 +116,23 @@ def _train_model(session: Session, spec: ModelSpec, report: Report) -> None:
             dictionary.metadata.update(_saelens_metadata(session, spec, layer))
             names = save_dictionary(dictionary, run.layer_folder(spec.name, layer), first[column, :PROBE_TOKENS])
             files += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
+
+
+def _tokens_of_an_epoch(session: Session, name: str) -> int:
+    """The study's tokens, or as many as its text has: the learning rate has to know when training ends."""
+    study, wanted = session.study, session.study.training.tokens
+    size = measure_text(study.data)
+    if size is None or size > MOST_BYTES_PER_TOKEN * wanted:
+        return wanted
+    documents, context = read_documents(study.data, "train", study.training.seed), session.context(name)
+    tokenizer, keep = session.model(name).tokenizer, study.data.keep_special_tokens
+    count = 0
+    for rows in stream_rows(documents, tokenizer, context, max(1, HARVEST_TOKENS // context), keep):
+        count += rows.num_tokens
+        if count >= wanted:
+            return wanted
+    session.say(f"{name}: the text has {count:,} tokens to train on, less than the {wanted:,} asked for")
+    return count
 
 
 def activations(session: Session, name: str, layers: list[int]) -> Iterator[Tensor]:

@@ -41,6 +41,14 @@ def read_documents(data: DataSpec, split: str, seed: int = 0) -> Iterator[Docume
     return _split(_compose(_rows(data), _parse(data.text)), data, split)
 
 
+def measure_text(data: DataSpec) -> int | None:
+    """Bytes of a local source; None for a hub dataset or the bundled generator, which does not end."""
+    path = Path(data.path).expanduser()
+    if not path.exists():
+        return None
+    return sum(file.stat().st_size for file in (_files_in(path) if path.is_dir() else [path]))
+
+
 def is_heldout(number: int, share: float) -> bool:
     """True if document `number` of a file or hub dataset belongs to the held-out share."""
     return (number + 1) * GOLDEN % 2**64 < share * 2**64

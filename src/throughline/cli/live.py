@@ -4,9 +4,10 @@ import sys
 import time
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live as RichLive
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_EVERY_SECONDS = 10.0
 
@@ -61,17 +62,19 @@ def training_line(progress: Any) -> str:
     )
 
 
-def training_table(progress: Any) -> Table:
+def training_table(progress: Any) -> Group:
     """A training layer by layer."""
     title = (
         f"{progress.model}  step {progress.step}/{progress.num_steps}  "
         f"{progress.tokens_per_second:,.0f} tokens/s  {_duration(progress.eta_seconds)} left"
     )
-    table = Table("layer", "loss", "L0", "FVU", "dead", title=title, title_justify="left")
+    table = Table(box=None, pad_edge=False)
+    for column in ("layer", "loss", "L0", "FVU", "dead"):
+        table.add_column(column, justify="right")
     rows = zip(progress.layers, progress.loss, progress.l0, progress.fvu, progress.dead, strict=True)
     for layer, loss, l0, fvu, dead in rows:
         table.add_row(str(layer), f"{loss:.4f}", f"{l0:.1f}", f"{fvu:.4f}", f"{dead:.0%}")
-    return table
+    return Group(Text(title), table)
 
 
 def _duration(seconds: float) -> str:

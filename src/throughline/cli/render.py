@@ -46,16 +46,16 @@ def qualities(rows: list[LayerQuality]) -> None:
     columns = ("model", "layer", "FVU", "L0", "dead", "ΔCE", "CE recovered", "KL", "answers kept", "gate")
     table = _table(*columns)
     for q in rows:
-        kept = "–" if q.answers_kept is None else f"{q.answers_kept:.1%} of {q.num_answers}"
+        kept = "–" if q.answers_kept is None else f"{q.answers_kept:.1%}"
         table.add_row(
             q.model,
             str(q.layer),
             f"{q.fvu:.4f}",
             f"{q.l0:.1f}",
             f"{q.dead:.1%}",
-            f"{q.delta_ce:+.4f}",
-            f"{q.ce_loss_score:.4f}",
-            f"{q.kl_div_with_sae:.4f}",
+            f"{q.delta_ce:+.3f}",
+            f"{q.ce_loss_score:.3f}",
+            f"{q.kl_div_with_sae:.3f}",
             kept,
             "pass" if q.passed else "; ".join(q.gate),
         )

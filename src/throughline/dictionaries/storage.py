@@ -22,10 +22,19 @@ SAELENS_VERSION = "6.54.12"  # whose layout this is
 CONFIG, WEIGHTS, PROBE = "cfg.json", "sae_weights.safetensors", "probe.safetensors"
 TO_SAELENS = {"topk": "topk", "relu": "standard"}
 FROM_SAELENS = {theirs: ours for ours, theirs in TO_SAELENS.items()}
-NOT_OPTIONS = (
-    "d_in d_sae dtype device apply_b_dec_to_input normalize_activations reshape_activations metadata architecture "
-    "rescale_acts_by_decoder_norm"
-).split()  # what a cfg.json holds beside an architecture's own options
+# What a cfg.json holds beside an architecture's own options.
+NOT_OPTIONS = [
+    "d_in",
+    "d_sae",
+    "dtype",
+    "device",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "reshape_activations",
+    "metadata",
+    "architecture",
+    "rescale_acts_by_decoder_norm",
+]
 TOLERANCE = 1e-4  # relative to the largest expected number: other machines sum in another order
 
 

@@ -58,7 +58,9 @@ def _aux_loss(stack: Stack, pre_LNF: Tensor, error_LND: Tensor, dead_LF: Tensor)
     num_dead_L = dead_LF.sum(1)
     k_aux = min(error_LND.shape[-1] // 2, int(num_dead_L.max()))
     top = pre_LNF.masked_fill(~dead_LF[:, None], -torch.inf).topk(k_aux, dim=-1, sorted=False)
-    values = top.values.relu().to(error_LND.dtype)  # relu also silences the -inf of layers with fewer than k_aux dead features
+    values = top.values.relu().to(
+        error_LND.dtype
+    )  # relu also silences the -inf of layers with fewer than k_aux dead features
     e_hat_LND = stack.decode_sparse(values, top.indices)
     variance_L = (error_LND - error_LND.mean(1, keepdim=True)).square().mean(dim=(1, 2))
     relative_L = (error_LND - e_hat_LND).square().mean(dim=(1, 2)) / variance_L.clamp_min(1e-12)
