@@ -396,7 +396,7 @@ def test_json_says_what_the_table_says(say, tiny):
     assert [(q["model"], q["layer"]) for q in qualities] == [(m, i) for m in ("zoo/pythia", "zoo/gpt2") for i in (0, 1)]
     table = say("evaluate", tiny)[1]
     assert all(f"{q['fvu']:.4f}" in table for q in qualities)
-    assert f"{qualities[0]['num_tokens']:,} held-out tokens" in table
+    assert f"zoo/pythia: {qualities[0]['num_tokens']:,} held-out tokens" in table
     features = json.loads(say("features", tiny, "--json")[1])
     assert [len(rows) for rows in features.values()] == [128, 128]
     transfers = json.loads(say("transfer", tiny, "--metric", "matching", "--json")[1])

@@ -8,7 +8,16 @@ import yaml
 from throughline.api import PRESETS, SHORT_DEMO
 from throughline.errors import InputError
 from throughline.registry import ARCHITECTURES
-from throughline.study import DictionarySpec, L1Schedule, Study, dump_study, folder_name, load_study, parse_study
+from throughline.study import (
+    DictionarySpec,
+    L1Schedule,
+    Section,
+    Study,
+    dump_study,
+    folder_name,
+    load_study,
+    parse_study,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET_FOLDER = ROOT / "src" / "throughline" / "presets"
@@ -284,3 +293,22 @@ def test_seed98_is_the_study_of_98_dictionaries():
 def test_every_default_is_valid_on_its_own():
     study = Study(**tree())  # type: ignore[arg-type]
     assert study.dictionary.architecture in ARCHITECTURES.names()
+
+
+def test_every_field_is_documented_with_its_default():
+    lines = (ROOT / "docs" / "study.md").read_text().splitlines()
+    cells = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in lines if line.startswith("| `")]
+    study = Study(**tree())  # type: ignore[arg-type]
+    sections = [value for value in dict(study).values() if isinstance(value, Section)]
+    for section in [study.models[0], *sections]:
+        for name, field in type(section).model_fields.items():
+            described = [default for key, default in cells if key == name]
+            assert described, f"docs/study.md does not mention {name}"
+            if not field.is_required() and name != "name":
+                empty = field.default is None or field.default in ({}, [])
+                shown = "none" if empty else yaml.safe_dump(field.default, default_flow_style=True).partition("\n")[0]
+                assert any(same(value, shown) for value in described), f"{name}: {shown} expected, found {described}"
+
+
+def same(written: str, shown: str) -> bool:
+    return written == shown.strip("'") or yaml.safe_load(written) == yaml.safe_load(shown)

@@ -236,8 +236,8 @@ def test_learning_rate_rises_holds_and_falls():
     assert engine.schedule(0, 1) > 0.5  # a run of one step learns too
     assert engine.learning_rate(TrainingSpec(lr=0.1), 512) == 0.1
     auto = TrainingSpec(batch_tokens=256)
-    assert engine.learning_rate(auto, 512) == pytest.approx(5e-3)
-    assert engine.learning_rate(auto, 2048) == pytest.approx(2.5e-3)
+    assert engine.learning_rate(auto, 512) == pytest.approx(8e-3)
+    assert engine.learning_rate(auto, 2048) == pytest.approx(4e-3)
 
 
 def test_rate_in_effect_is_the_scheduled_one(monkeypatch):

@@ -60,10 +60,13 @@ def qualities(rows: list[LayerQuality]) -> None:
             "pass" if q.passed else "; ".join(q.gate),
         )
     console().print(table)
-    if rows:
-        console().print(
-            f"on {rows[0].num_tokens:,} held-out tokens, spliced into the model on {rows[0].num_spliced_tokens:,}"
-        )
+    texts = {
+        q.model: f"{q.model}: {q.num_tokens:,} held-out tokens, spliced in on {q.num_spliced_tokens:,}"
+        + (f", {q.num_answers} answers" if q.answers_kept is not None else "")
+        for q in rows
+    }
+    for line in texts.values():
+        console().print(line, soft_wrap=True)
 
 
 def features(tables: dict[str, pl.DataFrame]) -> None:

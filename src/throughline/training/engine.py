@@ -99,12 +99,12 @@ def train(
 def learning_rate(training: TrainingSpec, d_sae: int) -> float:
     """The study's learning rate, or one that suits this batch and width.
 
-    `auto`: 5e-3 for batches of 256 tokens and 512 features, with the square root of the batch, and the inverse square
+    `auto`: 8e-3 for batches of 256 tokens and 512 features, with the square root of the batch, and the inverse square
     root of the width as sparsify and dictionary_learning have it.
     """
     if training.lr != "auto":
         return training.lr
-    return 5e-3 * math.sqrt(min(training.batch_tokens, 4096) / 256) * math.sqrt(512 / d_sae)
+    return 8e-3 * math.sqrt(min(training.batch_tokens, 4096) / 256) * math.sqrt(512 / d_sae)
 
 
 def schedule(step: int, num_steps: int) -> float:
