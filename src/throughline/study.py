@@ -47,6 +47,12 @@ class DictionaryOverride(Section):
     l1: float | L1Schedule | None = None
 
 
+class ModelOverride(DictionaryOverride):
+    """The same for a model, whose layers may differ again."""
+
+    per_layer: dict[int, DictionaryOverride] | None = None
+
+
 class DictionarySpec(Section):
     """One layer's dictionary: `d_sae` features, or `expansion` times the model's width."""
 
@@ -97,7 +103,7 @@ class ModelSpec(Section):
     layers: Literal["all"] | list[int] = "all"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    dictionary: DictionaryOverride | None = None
+    dictionary: ModelOverride | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,9 @@ share of every long stretch, and never the same neighbours together (Knuth, The 
 """
 
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -217,7 +219,8 @@ def _read_hub(data: DataSpec) -> Iterator[Row]:
         f"hub dataset {data.path!r}" + (f", config {data.config!r}" if data.config else "") + f", split {data.split!r}"
     )
     try:
-        rows = datasets.load_dataset(data.path, data.config, split=data.split, streaming=True)
+        with _without_retry_messages():
+            rows = datasets.load_dataset(data.path, data.config, split=data.split, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield f"{asked}, row {number},", dict(row)
     except InputError:
@@ -227,6 +230,18 @@ def _read_hub(data: DataSpec) -> Iterator[Row]:
             f"{asked} cannot be read: {_one_line(error)}; check the name and the connection, "
             f"or give a local file or folder ({' '.join(SUFFIXES)})"
         ) from None
+
+
+@contextmanager
+def _without_retry_messages() -> Iterator[None]:
+    """The hub's client announces every try of a connection that fails; what matters is how it ends."""
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        client.setLevel(level)
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from throughline.dictionaries.stack import Stack, StepLoss, count_fired
 
 AUX_WEIGHT = 1 / 32
+AUX_TOKENS_DIVISOR = 4  # AuxK reads D / 2 rows a token, more than the features themselves: a part of the batch will do
 
 
 class TopK:
@@ -49,7 +50,9 @@ class TopK:
         error_LND = x_LND - x_hat_LND
         loss_L = error_LND.square().mean(dim=(1, 2))
         if dead_LF.any():
-            loss_L = loss_L + AUX_WEIGHT * _aux_loss(stack, pre_LNF, error_LND.detach(), dead_LF)
+            some = slice(0, max(1, x_LND.shape[1] // AUX_TOKENS_DIVISOR))
+            aux_L = _aux_loss(stack, pre_LNF[:, some], error_LND[:, some].detach(), dead_LF)
+            loss_L = loss_L + AUX_WEIGHT * aux_L
         return StepLoss(loss_L, x_hat_LND, count_fired(top.indices, values_LNK > 0, pre_LNF.shape[-1]))
 
 
