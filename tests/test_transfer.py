@@ -21,7 +21,7 @@ from throughline.study import ModelSpec, parse_study
 from throughline.tokens import collect_rows
 from throughline.transfer import Side, bootstrap_interval
 from throughline.transfer.matching import Matching
-from throughline.transfer.pairs import align, correlate, moments_of, shift_documents, shuffle_within
+from throughline.transfer.pairs import align, correlate, moments_of, prepare, shift_documents, shuffle_within
 from throughline.transfer.reconstruction import Reconstruction
 from throughline.zoo.texts import sample_problems
 
@@ -64,7 +64,7 @@ def test_correlation_is_pearsons():
     with np.errstate(invalid="ignore"):
         expected = np.corrcoef(a.astype(np.float64), b.astype(np.float64), rowvar=False)[:12, 12:]
     expected[7] = 0  # a feature that never fires correlates with nothing
-    np.testing.assert_allclose(correlate(sp.csr_array(a), sp.csr_array(b)), expected, atol=1e-6)
+    np.testing.assert_allclose(correlate(prepare(sp.csr_array(a)), prepare(sp.csr_array(b))), expected, atol=1e-6)
 
 
 def test_moments_count_zeros():

@@ -87,7 +87,7 @@ def _note_failure(session: Session, spec: ModelSpec, report: Report) -> None:
 
 def _train_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
     study = session.study
-    training = study.training.model_dump(exclude={"checkpoint_minutes"})
+    training = study.training.model_dump()
     parts = (spec.model_dump(), study.data.model_dump(), study.dictionary_for(spec).model_dump(), training)
     return f"train/{spec.name}", digest_key(*parts)
 

@@ -137,7 +137,6 @@ class TrainingSpec(Section):
     lr: float | Literal["auto"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = Field(default=0, ge=0)
-    checkpoint_minutes: float = Field(default=10.0, gt=0)
 
     @model_validator(mode="after")
     def _at_least_one_batch(self) -> Self:

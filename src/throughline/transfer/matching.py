@@ -9,17 +9,21 @@
 Features that fire on fewer than `min_count` aligned tokens are left out: two rare features that meet once correlate perfectly.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import scipy.sparse as sp
 
 from throughline.errors import InputError
 from throughline.records import TransferInfo, TransferResult
 from throughline.transfer.pairs import (
+    Columns,
     Side,
     align,
     bootstrap_interval,
     correlate,
     moments_of,
+    prepare,
     shift_documents,
     shuffle_within,
 )
@@ -45,20 +49,21 @@ class Matching:
         shifted = shift_documents(target.codes, aligned.target_N, by=1)
         rng = np.random.default_rng(seed)
         shuffled = shuffle_within(target.codes.roles_N[aligned.target_N], rng)
-        here = {layer: m[aligned.source_N] for layer, m in source.codes.layers.items()}
-        there = {layer: m[aligned.target_N] for layer, m in target.codes.layers.items()}
-        width = max(m.shape[1] for m in here.values())
+        has_other = shifted >= 0
+        here = [_View.of(m[aligned.source_N], min_count, {"shifted": has_other}) for m in source.codes.layers.values()]
+        ways = {"shifted": shifted[has_other], "shuffled": shuffled}
+        there = [_View.of(m[aligned.target_N], min_count, ways) for m in target.codes.layers.values()]
+        width = max(view.width for view in here)
         shape = (len(source.layers), len(target.layers))
         names = ("value", "low", "high", "null", "mean_correlation", "null_correlation", "threshold", "mutual")
         arrays: dict[str, np.ndarray] = {name: np.full(shape, np.nan) for name in names}
         arrays["partner"] = np.full((*shape, width), -1, dtype=np.int32)
         arrays["correlation"] = np.full((*shape, width), np.nan, dtype=np.float32)
         arrays["live"] = np.zeros((shape[0], width), dtype=bool)
-        for i, a in enumerate(source.layers):
-            arrays["live"][i, : here[a].shape[1]] = moments_of(here[a]).num_active >= min_count
-            for j, b in enumerate(target.layers):
-                found = match_layers(here[a], there[b], shifted, shuffled, min_count, seed)
-                for name, value in found.items():
+        for i, a in enumerate(here):
+            arrays["live"][i, a.features] = True
+            for j, b in enumerate(there):
+                for name, value in match_layers(a, b, seed).items():
                     if isinstance(value, np.ndarray):
                         arrays[name][i, j, : len(value)] = value
                     else:
@@ -85,31 +90,33 @@ class Matching:
         return TransferResult(info, arrays)
 
 
-def match_layers(
-    source_NF: sp.csr_array,
-    target_NF: sp.csr_array,
-    shifted_N: np.ndarray,
-    shuffled_N: np.ndarray,
-    min_count: int,
-    seed: int,
-) -> dict[str, float | np.ndarray]:
+class _View(NamedTuple):
+    """The live features of a layer on the aligned tokens, and the same with tokens chosen otherwise for the nulls."""
+
+    width: int
+    features: np.ndarray
+    real: Columns
+    other: dict[str, Columns]
+
+    @classmethod
+    def of(cls, matrix_NF: sp.csr_array, min_count: int, ways: dict[str, np.ndarray]) -> "_View":
+        features = np.flatnonzero(moments_of(matrix_NF).num_active >= min_count)
+        live = sp.csr_array(matrix_NF[:, features])
+        return cls(matrix_NF.shape[1], features, prepare(live), {way: prepare(live[N]) for way, N in ways.items()})
+
+
+def match_layers(source: _View, target: _View, seed: int) -> dict[str, float | np.ndarray]:
     """Partners and summaries of one layer pair; the arrays of `Matching.compute` for it."""
-    live_source = moments_of(source_NF).num_active >= min_count
-    live_target = moments_of(target_NF).num_active >= min_count
-    features = np.flatnonzero(live_source)
-    correlation = np.full(source_NF.shape[1], np.nan)
-    partner = np.full(source_NF.shape[1], -1)
-    if not live_source.any() or not live_target.any():
+    features, columns = source.features, target.features
+    correlation, partner = np.full(source.width, np.nan), np.full(source.width, -1)
+    if not len(features) or not len(columns):
         return {"partner": partner, "correlation": correlation}
-    columns = np.flatnonzero(live_target)
-    source, target = source_NF[:, features], target_NF[:, columns]
-    r = correlate(source, target)
+    r = correlate(source.real, target.real)
     best = r.argmax(1)
     correlation[features], partner[features] = r[np.arange(len(features)), best], columns[best]
-    has_other = shifted_N >= 0
-    chance = correlate(source[has_other], target[shifted_N[has_other]]).max(1)
+    chance = correlate(source.other["shifted"], target.other["shifted"]).max(1)
     threshold = float(np.quantile(chance, NULL_QUANTILE))
-    within_kind = correlate(source, target[shuffled_N]).max(1)
+    within_role = correlate(source.real, target.other["shuffled"]).max(1)
     above = (correlation[features] > threshold).astype(float)
     mutual = (r.argmax(0)[best] == np.arange(len(features))) & (above > 0)
     low, high = bootstrap_interval(above, seed)
@@ -119,9 +126,9 @@ def match_layers(
         "value": float(above.mean()),
         "low": low,
         "high": high,
-        "null": float((within_kind > threshold).mean()),
+        "null": float((within_role > threshold).mean()),
         "mean_correlation": float(correlation[features].mean()),
-        "null_correlation": float(within_kind.mean()),
+        "null_correlation": float(within_role.mean()),
         "threshold": threshold,
         "mutual": float(mutual.mean()),
     }

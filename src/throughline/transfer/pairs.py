@@ -121,14 +121,25 @@ def moments_of(matrix: sp.csr_array) -> Moments:
     return Moments(np.bincount(matrix.indices, minlength=matrix.shape[1]), mean, np.sqrt(variance))
 
 
-def correlate(source_NF: sp.csr_array, target_NF: sp.csr_array) -> np.ndarray:
+class Columns(NamedTuple):
+    """Features of one layer over N tokens, ready to be correlated with others: float64, with their moments."""
+
+    matrix_NF: sp.csr_array
+    moments: Moments
+
+
+def prepare(matrix_NF: sp.csr_array) -> Columns:
+    """`matrix_NF` in float64, in which a feature that is always on keeps its small deviation beside its large mean."""
+    matrix_NF = sp.csr_array(matrix_NF.astype(np.float64))
+    return Columns(matrix_NF, moments_of(matrix_NF))
+
+
+def correlate(source: Columns, target: Columns) -> np.ndarray:
     """Pearson's r of every source feature with every target feature over all tokens, [F source, F target].
 
     r = (sum uv / N - mean_u mean_v) / (sd_u sd_v); only tokens on which both fire enter the sum, so it costs k^2 per token.
-    In float64: a feature that is always on has a mean far above its deviation.
     """
-    a, b = moments_of(source_NF), moments_of(target_NF)
-    products = (source_NF.astype(np.float64).T @ target_NF.astype(np.float64)).toarray() / source_NF.shape[0]
-    products -= np.outer(a.mean, b.mean)
-    scale = np.outer(a.deviation, b.deviation)
+    products = (source.matrix_NF.T @ target.matrix_NF).toarray() / source.matrix_NF.shape[0]
+    products -= np.outer(source.moments.mean, target.moments.mean)
+    scale = np.outer(source.moments.deviation, target.moments.deviation)
     return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
