@@ -37,7 +37,7 @@ from throughline.training import Progress, train
 from throughline.transfer import Side
 from throughline.zoo.texts import solve
 
-HARVEST_TOKENS = 8192
+HARVEST_TOKENS = 2048
 PROBE_TOKENS = 16
 MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
 Report = Callable[[Progress], None]

@@ -10,16 +10,16 @@ Layers of the same shape and architecture form a stack and are computed together
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from throughline.dictionaries import Dictionary
-from throughline.dictionaries.stack import Stack
+from throughline.dictionaries.stack import Stack, StepLoss
 from throughline.errors import TrainingError
 from throughline.registry import ARCHITECTURES
 from throughline.study import DictionarySpec, TrainingSpec
@@ -48,6 +48,24 @@ class Progress:
     dead: list[float]
 
 
+class _Latest(NamedTuple):
+    """The latest batch of a stack: measured only when a report is due."""
+
+    x_LND: Tensor
+    losses: StepLoss
+    dead_LF: Tensor
+
+    def measure(self) -> dict[str, Tensor]:
+        """Loss, L0, FVU and dead share of each layer, [L]."""
+        x_LND, (loss_L, x_hat_LND, fired_LF) = self.x_LND, self.losses
+        return {
+            "loss": loss_L,
+            "l0": fired_LF.sum(1) / x_LND.shape[1],
+            "fvu": (x_LND - x_hat_LND).square().sum((1, 2)) / x_LND.square().sum((1, 2)),
+            "dead": self.dead_LF.float().mean(1),
+        }
+
+
 @dataclass
 class _Group:
     """Layers that share a stack, and what training remembers of them."""
@@ -63,7 +81,7 @@ class _Group:
     optimizer: torch.optim.Optimizer
     idle_tokens_LF: Tensor
     bfloat16: bool  # products in bfloat16; weights and moments stay float32
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    latest: "_Latest | None" = None
 
 
 def train(
@@ -188,7 +206,8 @@ def _descend(
     step = 0
     for batch_LND in islice(batches, num_steps):
         for group in groups:
-            _step(group, batch_LND[group.columns], schedule(step, num_steps), step / num_steps, dead_after)
+            mine_LND = batch_LND if len(group.columns) == len(batch_LND) else batch_LND[group.columns]
+            _step(group, mine_LND, schedule(step, num_steps), step / num_steps, dead_after)
         step += 1
         now = time.perf_counter()
         if now - reported >= REPORT_SECONDS and step < num_steps:
@@ -214,23 +233,19 @@ def _step(group: _Group, batch_LND: Tensor, lr_factor: float, progress: float, d
     with torch.no_grad():
         group.idle_tokens_LF += x_LND.shape[1]
         group.idle_tokens_LF[losses.fired_LF > 0] = 0
-        group.sums = {  # of the latest batch: kept as tensors, read only when a report is due
-            "loss": losses.loss_L.detach(),
-            "l0": losses.fired_LF.sum(1) / x_LND.shape[1],
-            "fvu": (x_LND - losses.x_hat_LND).square().sum((1, 2)) / x_LND.square().sum((1, 2)),
-            "dead": dead_LF.float().mean(1),
-        }
+        detached = StepLoss(losses.loss_L.detach(), losses.x_hat_LND.detach(), losses.fired_LF)
+        group.latest = _Latest(x_LND, detached, dead_LF)
 
 
 def _progress(
     groups: list[_Group], model: str, step: int, num_steps: int, training: TrainingSpec, seconds: float
 ) -> Progress:
     rate = step * training.batch_tokens / seconds
-    rows = {
-        layer: {name: float(values[i]) for name, values in group.sums.items()}
-        for group in groups
-        for i, layer in enumerate(group.layers)
-    }
+    rows: dict[int, dict[str, float]] = {}
+    for group in groups:
+        assert group.latest is not None
+        measured = group.latest.measure()
+        rows |= {layer: {name: float(v[i]) for name, v in measured.items()} for i, layer in enumerate(group.layers)}
     for layer, row in rows.items():
         if not math.isfinite(row["loss"]):
             raise TrainingError(

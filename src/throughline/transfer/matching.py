@@ -9,6 +9,8 @@
 Features that fire on fewer than `min_count` aligned tokens are left out: two rare features that meet once correlate perfectly.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -62,12 +64,13 @@ class Matching:
         arrays["live"] = np.zeros((shape[0], width), dtype=bool)
         for i, a in enumerate(here):
             arrays["live"][i, a.features] = True
-            for j, b in enumerate(there):
-                for name, value in match_layers(a, b, seed).items():
-                    if isinstance(value, np.ndarray):
-                        arrays[name][i, j, : len(value)] = value
-                    else:
-                        arrays[name][i, j] = value
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # sparse products let go of the interpreter lock
+            cells = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
+            matched = pool.map(lambda cell: match_layers(here[cell[0]], there[cell[1]], seed), cells)
+            for (i, j), found in zip(cells, matched, strict=True):
+                for name, value in found.items():
+                    where = (i, j, slice(0, len(value))) if isinstance(value, np.ndarray) else (i, j)
+                    arrays[name][where] = value
         info = TransferInfo(
             metric=self.name,
             source=source.model,
