@@ -2,7 +2,8 @@
 
     loss = |x - x_hat|^2 / D + (1/32) |e - e_hat|^2 / |e - mean(e)|^2        e = x - x_hat
 
-The second term (AuxK) lets features that have stopped firing reconstruct the error, with k_aux = D / 2 of them.
+The second term (AuxK) lets features that have stopped firing reconstruct the error, with k_aux = D / 2 of them,
+on the first quarter of the batch's tokens.
 """
 
 from typing import Any
