@@ -2,6 +2,7 @@
 # make demo    the whole pipeline on the bundled models, offline
 # make test    lint, types, tests
 # make docs    write the generated parts of docs/ anew
+# make peers   other projects' libraries, apart from ours, to test files against
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadgroup
@@ -11,7 +12,7 @@ STAMP := .venv/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint types docs clean
+.PHONY: setup demo test lint types docs peers clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,20 @@ test: $(STAMP) lint types
 
 docs: $(STAMP)
 	@$(BIN)/python docs/generate.py
+
+# Apart from .venv, so that nothing of ours leans on them. dictionary_learning's dictionaries need none of its dependencies.
+PEERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/throughline/peers
+PEERS_STAMP := $(PEERS)/.installed
+
+peers: $(PEERS_STAMP)
+
+$(PEERS_STAMP): tests/peers/requirements.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $< \
+	  2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 \
+	  2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
+	@touch $@
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache build dist

@@ -32,7 +32,7 @@ def describe_commands() -> str:
     """The help of the program and of each command, as Markdown."""
     from throughline.cli.commands import app
 
-    names = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     parts = [INTRODUCTION, _block(help_of())]
     parts += [f"## {name}\n\n{_block(help_of(name))}" for name in names]
     return "\n".join(parts)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -130,8 +131,20 @@ def random_dictionary(d_model: int, d_sae: int, k: int | None = None, seed: int 
     W_enc, W_dec = (torch.randn(shape, generator=generator) for shape in ((d_model, d_sae), (d_sae, d_model)))
     b_enc, b_dec = (torch.randn(size, generator=generator) for size in (d_sae, d_model))
     W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
-    options = {} if k is None else {"k": k}
-    return Dictionary("relu" if k is None else "topk", W_enc, b_enc, W_dec, b_dec, options, {"model_name": "tiny"})
+    name, options = ("relu", {}) if k is None else ("topk", {"k": k})
+    return Dictionary(name, W_enc, b_enc, W_dec, b_dec, options=options, metadata={"model_name": "tiny"})
+
+
+def dictionary_of(architecture: str, d_model: int = 16, d_sae: int = 40, seed: int = 0) -> Dictionary:
+    """Random weights with unit decoder rows in one of the four architectures of inference."""
+    base = random_dictionary(d_model, d_sae, 6 if architecture == "topk" else None, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    extra = {
+        "jumprelu": {"threshold": torch.rand(d_sae, generator=generator)},
+        "gated": {name: 0.3 * torch.randn(d_sae, generator=generator) for name in ("r_mag", "b_mag")},
+    }
+    metadata = {"model_name": "someone/tiny", "hf_hook_name": "transformer.h.3", "layer": 3, "context_size": 64}
+    return replace(base, architecture=architecture, extra=extra.get(architecture, {}), metadata=metadata)
 
 
 def identity_dictionary(d_model: int) -> Dictionary:
@@ -148,3 +161,13 @@ def planted_activations(num_tokens: int, directions_FD: Tensor, num_active: int,
     size = 1 + torch.rand(num_tokens, num_active, generator=generator)
     f_NF = torch.zeros(num_tokens, F).scatter_(1, chosen, size)
     return f_NF @ directions_FD + torch.randn(D, generator=generator)
+
+
+def planted_layers(num_tokens: int, num_layers: int = 2, num_features: int = 12, d_model: int = 8) -> Tensor:
+    """Activations [L, N, D] of layers that have their own planted directions, two active on each token."""
+    layers = []
+    for layer in range(num_layers):
+        directions_FD = torch.randn(num_features, d_model, generator=torch.Generator().manual_seed(100 + layer))
+        directions_FD /= directions_FD.norm(dim=1, keepdim=True)
+        layers.append(planted_activations(num_tokens, directions_FD, 2, seed=layer))
+    return torch.stack(layers)

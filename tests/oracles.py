@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AUX_WEIGHT = 1 / 32
+from throughline.dictionaries.auxk import AUX_TOKENS_DIVISOR, AUX_WEIGHT
 
 
 def topk_features(x_ND: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
@@ -23,13 +23,13 @@ def topk_features(x_ND: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
 def topk_loss(x_ND: Tensor, weights: Sequence[Tensor], k: int, dead_F: Tensor) -> Tensor:
     """|x - x_hat|^2 / D, and AuxK where some features are dead (Gao et al. 2024, section 2.4 and appendix A.2).
 
-    AuxK is taken on the first quarter of the tokens, as training does to save time.
+    AuxK is taken on the same part of the tokens as in training.
     """
     W_enc, b_enc, W_dec, b_dec = weights
     D = x_ND.shape[1]
     x_hat_ND = topk_features(x_ND, W_enc, b_enc, k) @ W_dec + b_dec
     loss = torch.stack([(x - x_hat).square().sum() / D for x, x_hat in zip(x_ND, x_hat_ND, strict=True)]).mean()
-    n = len(x_ND) // 4
+    n = len(x_ND) // AUX_TOKENS_DIVISOR
     return loss + AUX_WEIGHT * aux_loss(x_ND[:n], x_hat_ND[:n], weights, dead_F) if dead_F.any() else loss
 
 

@@ -27,15 +27,16 @@ pytestmark = pytest.mark.xdist_group("cli")
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "What is 15 + 27?"
 COMMANDS = (
-    "demo init run train status evaluate features label transfer report trace compare".split()  # noqa: SIM905
+    "demo init run train status evaluate features label transfer report trace compare import export".split()  # noqa: SIM905
 )
+FUNCTIONS = {"import": "import_sae", "export": "export_sae"}  # import is a word of Python's own
 LENIENT = {"max_l0_share": 1.0, "max_fvu": 1.0, "min_ce_recovered": 0.0, "max_dead": 1.0}
 STUDY = {
     "name": "tiny",
     "models": [{"path": "zoo/pythia", "layers": [0, 1]}, {"path": "zoo/gpt2", "layers": [0, 1]}],
     "data": {"path": "zoo/arithmetic", "context": 64},
     "dictionary": {"architecture": "topk", "d_sae": 64, "k": 8},
-    "training": {"tokens": 6000, "batch_tokens": 256},
+    "training": {"tokens": 6000, "batch_tokens": 64},
     "gate": LENIENT,
     "evaluation": {"tokens": 2000, "spliced_tokens": 600, "sample_tokens": 1000},
     "features": {"contexts": 2},
@@ -372,7 +373,7 @@ def test_training_alone_says_how_to_go_on(say, tmp_path):
     study = written_study(tmp_path, models=[STUDY["models"][1]])
     code, out, err = say("train", study, "--out", tmp_path / "run")
     assert (code, out) == (0, f"trained; evaluate with: throughline evaluate {tmp_path / 'run'}\n")
-    assert re.search(r"zoo/gpt2: step 23/23, 2 layers, FVU 0\.\d+, L0 8\.0, .* tokens/s, 0:00 left", err)
+    assert re.search(r"zoo/gpt2: step 93/93, 2 layers, FVU 0\.\d+, L0 8\.0, .* tokens/s, 0:00 left", err)
     assert say("train", study, "--out", tmp_path / "quiet", "--quiet") == (0, "", "")
     state = json.loads(say("status", tmp_path / "run", "--json")[1])["models"]["zoo/gpt2"]
     assert (state["state"], state["steps"]["evaluate"]) == ("done", False)
@@ -511,7 +512,7 @@ def test_the_status_of_a_run_half_done(say, copy, age, more, state):
     lines = [line for line in say("status", copy)[1].splitlines() if line.startswith("zoo/gpt2")]
     assert len(lines) == 1
     assert state in lines[0]
-    shown = {"running": "step 7/23", "stopped": "step 7/23", "failed": "the loss is nan", "waiting": ""}[state]
+    shown = {"running": "step 7/93", "stopped": "step 7/93", "failed": "the loss is nan", "waiting": ""}[state]
     assert shown in lines[0]
     assert ("12 s left" in lines[0]) == (state == "running")
 
@@ -553,6 +554,6 @@ def test_generated_documents_are_current(name):
 
 def test_every_command_is_a_function():
     for command in COMMANDS:
-        assert callable(getattr(api, command))
+        assert callable(getattr(api, FUNCTIONS.get(command, command)))
     with pytest.raises(InputError):
         api.choose_device("gpu")

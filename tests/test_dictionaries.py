@@ -11,33 +11,25 @@ from torch import Tensor
 import oracles
 from builders import planted_activations, random_dictionary
 from throughline.dictionaries import dictionary, load_dictionary, save_dictionary, untrained_like
+from throughline.dictionaries.formats import saelens
 from throughline.dictionaries.relu import ReLU
 from throughline.dictionaries.stack import Stack
 from throughline.dictionaries.topk import TopK
 from throughline.errors import DamagedFileError, InputError
 from throughline.registry import ARCHITECTURES
 from throughline.study import DictionarySpec, TrainingSpec
-from throughline.training import Progress, engine, train
+from throughline.training import train
+from throughline.training.sources import ArraySource
 
 L, N, D, F, K = 3, 40, 8, 20, 4
-SAELENS_KEYS = {
-    "d_in",
-    "d_sae",
-    "dtype",
-    "device",
-    "apply_b_dec_to_input",
-    "normalize_activations",
-    "reshape_activations",
-    "metadata",
-    "architecture",
-}
+SAELENS_KEYS = set(saelens.CONFIG_KEYS)
 SAELENS_TOPK_KEYS = SAELENS_KEYS | {"k", "rescale_acts_by_decoder_norm"}
 
 
 def random_stack(unit: bool = True) -> tuple[Stack, Tensor]:
     """A stack whose four weights are all random, and activations for it."""
     generator = torch.Generator().manual_seed(1)
-    shapes = ((L, D, F), (L, F), (L, F, D), (L, D))
+    shapes = ((L, F, D), (L, F), (L, F, D), (L, D))
     weights = [torch.randn(shape, generator=generator) for shape in shapes]
     weights[2] = weights[2] / weights[2].norm(dim=-1, keepdim=True) if unit else weights[2]
     return Stack(*(w.requires_grad_() for w in weights)), torch.randn(L, N, D, generator=generator)
@@ -46,6 +38,11 @@ def random_stack(unit: bool = True) -> tuple[Stack, Tensor]:
 def layer_weights(stack: Stack, layer: int) -> list[Tensor]:
     """The four weights of one layer, as leaves of their own."""
     return [p[layer].detach().clone().requires_grad_() for p in stack.parameters()]
+
+
+def dense(weights: list[Tensor]) -> list[Tensor]:
+    """The same as the oracles take them: columns of the encoder are features."""
+    return [weights[0].T, *weights[1:]]
 
 
 def assert_same_gradients(stack: Stack, layer: int, weights: list[Tensor]) -> None:
@@ -65,10 +62,10 @@ def test_topk_loss_is_the_dense_one(num_dead):
     losses.loss_L.sum().backward()
     for layer in range(L):
         weights = layer_weights(stack, layer)
-        expected = oracles.topk_loss(x_LND[layer], weights, K, dead_LF[layer])
+        expected = oracles.topk_loss(x_LND[layer], dense(weights), K, dead_LF[layer])
         expected.backward()
         torch.testing.assert_close(losses.loss_L[layer], expected)
-        f_NF = oracles.topk_features(x_LND[layer], *weights[:2], K)
+        f_NF = oracles.topk_features(x_LND[layer], *dense(weights)[:2], K)
         torch.testing.assert_close(losses.x_hat_LND[layer], f_NF @ weights[2] + weights[3])
         assert losses.fired_LF[layer].tolist() == (f_NF > 0).sum(0).tolist()
         assert_same_gradients(stack, layer, weights)
@@ -77,12 +74,12 @@ def test_topk_loss_is_the_dense_one(num_dead):
 @pytest.mark.parametrize("progress", [0.0, 0.04, 0.1, 0.9])
 def test_relu_loss_is_the_dense_one(progress):
     stack, x_LND = random_stack(unit=False)
-    l1_L = torch.tensor([0.0, 0.5, 3.0])
-    losses = ReLU.loss(stack, x_LND, torch.zeros(L, F, dtype=torch.bool), progress, l1_L=l1_L)
+    penalty_L = torch.tensor([0.0, 0.5, 3.0])
+    losses = ReLU.loss(stack, x_LND, torch.zeros(L, F, dtype=torch.bool), progress, penalty_L=penalty_L)
     losses.loss_L.sum().backward()
     for layer in range(L):
         weights = layer_weights(stack, layer)
-        expected = oracles.relu_loss(x_LND[layer], weights, float(l1_L[layer]) * min(1, progress / 0.1))
+        expected = oracles.relu_loss(x_LND[layer], dense(weights), float(penalty_L[layer]) * min(1, progress / 0.1))
         expected.backward()
         torch.testing.assert_close(losses.loss_L[layer], expected)
         assert_same_gradients(stack, layer, weights)
@@ -99,7 +96,7 @@ def test_auxk_touches_dead_features_only():
         for parameter in stack.parameters():
             parameter.grad = None
     change = [with_aux - without for without, with_aux in zip(*gradients, strict=True)]
-    changed_LF = (change[0].abs().sum(1) > 0) | (change[1] != 0) | (change[2].abs().sum(2) > 0)
+    changed_LF = (change[0].abs().sum(2) > 0) | (change[1] != 0) | (change[2].abs().sum(2) > 0)
     assert changed_LF.any()
     assert not changed_LF[~dead_LF].any()
     assert not change[3].any()  # b_dec is not the dead features' business
@@ -114,13 +111,13 @@ def test_folded_dictionary_does_in_raw_units_what_training_saw(architecture):
     x_LND = 7 * x_LND + 3  # raw
     mean_LD = x_LND.mean(1)
     options = ARCHITECTURES.load(architecture).options(k=K)
-    loss_options = {"k": K, "l1_L": torch.ones(L)}
+    loss_options = {"k": K, "penalty_L": torch.ones(L)}
     for layer, scale in enumerate((0.01, 0.4, 30.0)):
         scaled_LND = (x_LND - mean_LD[:, None]) * scale
         seen = ARCHITECTURES.load(architecture).loss(
             stack, scaled_LND, torch.zeros(L, F, dtype=torch.bool), 0.5, **loss_options
         )
-        folded = stack.fold(layer, architecture, mean_LD[layer], scale, options, {})
+        folded = stack.fold(layer, ARCHITECTURES.load(architecture), mean_LD[layer], scale, options, {})
         expected = seen.x_hat_LND[layer].detach() / scale + mean_LD[layer]
         error = (folded.reconstruct(x_LND[layer]) - expected).norm() / expected.norm()
         assert error < 1e-5
@@ -284,22 +281,18 @@ def test_dictionary_trained_elsewhere_needs_no_probe(saved):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES.names())
-def test_every_architecture(name, tmp_path, monkeypatch, probe_ND):
-    monkeypatch.setattr(engine, "REPORT_SECONDS", 0.0)
+def test_every_architecture(name, tmp_path, probe_ND):
     directions_FD = torch.nn.functional.normalize(torch.randn(12, D, generator=torch.Generator().manual_seed(5)))
     x_LND = torch.stack([planted_activations(8000, directions_FD, 2, seed) for seed in range(2)])
-    reports: list[Progress] = []
     trained = train(
-        iter(x_LND.split(2000, dim=1)),
+        ArraySource(x_LND),
         dict.fromkeys((0, 1), DictionarySpec(architecture=name, d_sae=16, k=3, l1=0.3)),
         TrainingSpec(tokens=8000, batch_tokens=100),
         model="planted",
         num_layers=2,
-        report=reports.append,
     )
     for i, (layer, one) in enumerate(trained.items()):
-        assert (one.architecture, one.d_model, one.d_sae) == (name, D, 16)
-        assert reports[-1].loss[i] < 0.7 * reports[0].loss[i]
+        assert (one.architecture, one.d_model, one.d_sae) == (ARCHITECTURES.load(name).inference, D, 16)
         f_NF = one.encode(x_LND[i])
         assert f_NF.dtype == torch.float32 and (f_NF >= 0).all() and f_NF.isfinite().all()
         assert 0 < float((f_NF > 0).float().sum(1).mean()) < 16

@@ -247,9 +247,29 @@ def test_layers_that_the_study_no_longer_has_are_left_out(tmp_path):
     assert [q.layer for q in run.quality("small")] == [0, 1]
 
 
-def test_trained_layers_are_those_of_the_finished_step(run):
+def test_trained_and_imported_layers_are_those_of_finished_steps(run):
     assert run.trained_layers("small") == []
-    with run.step("train/small", "k") as files:
+    keys = {"train/small/11": "k", "train/small/2": "imported k", "train/small/5": "imported k", "train/small/x/1": "k"}
+    with run.steps(keys) as files:
         for layer in (11, 2):
-            files.append(run.write_text(f"{run.layer_name('small', layer)}/cfg.json", "{}"))
-    assert run.trained_layers("small") == [2, 11]
+            files[f"train/small/{layer}"].append(run.write_text(f"{run.layer_name('small', layer)}/cfg.json", "{}"))
+    assert run.trained_layers("small") == [2, 5, 11]
+    assert run.imported("small") == {2: "imported k"}  # the folder of layer 5 is not there
+    assert run.is_done("train/small/2", "imported k")
+    (run.layer_folder("small", 2) / "cfg.json").write_text("{ }")
+    with pytest.raises(DamagedFileError, match="import it again with `throughline import`, or delete its folder"):
+        run.is_done("train/small/2", "imported k")
+
+
+def test_a_forgotten_step_is_not_done(run):
+    do(run)
+    run.forget("train/a")
+    assert not run.is_done("train/a", "k")
+
+
+def test_progress_keeps_the_depth_of_a_model(run):
+    assert run.progress() == {}
+    run.note_progress("a", depth=6)
+    run.note_progress("b", step=1)
+    run.note_progress("a", step=2)
+    assert run.progress() == {"a": {"depth": 6, "step": 2}, "b": {"step": 1}}

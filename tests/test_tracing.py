@@ -62,7 +62,9 @@ def pythia() -> TraceInputs:
         mean_D = x_ND.mean(0)
         picks = torch.randperm(len(x_ND), generator=torch.Generator().manual_seed(layer))[:64]
         rows_FD = torch.nn.functional.normalize(x_ND[picks] - mean_D, dim=1)
-        dictionaries[layer] = Dictionary("topk", rows_FD.T.contiguous(), -(rows_FD @ mean_D), rows_FD, mean_D, {"k": 4})
+        dictionaries[layer] = Dictionary(
+            "topk", rows_FD.T.contiguous(), -(rows_FD @ mean_D), rows_FD, mean_D, options={"k": 4}
+        )
     return inputs_for(model, dictionaries, documents)
 
 

@@ -200,7 +200,9 @@ def planted_layer() -> Layer:
     f_ND = torch.zeros(NUM_TOKENS, D).scatter_(1, chosen, 1 + torch.rand(NUM_TOKENS, ACTIVE, generator=generator))
     offset_D = torch.randn(D, generator=generator)
     x_ND = f_ND @ rows_DD + offset_D + 0.05 * torch.randn(NUM_TOKENS, D, generator=generator)
-    return x_ND, Dictionary("topk", rows_DD.T.contiguous(), -(rows_DD @ offset_D), rows_DD, offset_D, {"k": ACTIVE})
+    return x_ND, Dictionary(
+        "topk", rows_DD.T.contiguous(), -(rows_DD @ offset_D), rows_DD, offset_D, options={"k": ACTIVE}
+    )
 
 
 def turned(layer: Layer) -> Layer:

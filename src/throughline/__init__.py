@@ -8,7 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from throughline.api import compare, demo, evaluate, init, label, load_run, run, status, trace, train
+    from throughline.api import (
+        compare,
+        demo,
+        evaluate,
+        export_sae,
+        import_sae,
+        init,
+        label,
+        load_run,
+        run,
+        status,
+        trace,
+        train,
+    )
     from throughline.dictionaries import load_dictionary
     from throughline.errors import ThroughlineError
     from throughline.models import open_model
@@ -23,6 +36,8 @@ __all__ = [
     "compare",
     "demo",
     "evaluate",
+    "export_sae",
+    "import_sae",
     "init",
     "label",
     "load_dictionary",

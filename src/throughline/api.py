@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import polars as pl
 
@@ -20,7 +20,13 @@ from throughline.errors import InputError
 from throughline.records import Analysis, Comparison, LayerQuality, Trace, TransferInfo
 from throughline.registry import METRICS, unknown
 from throughline.run_dir import RunDir
-from throughline.study import Study, load_study
+from throughline.study import DictionarySpec, ModelSpec, Study, TrainingSpec, load_study
+
+if TYPE_CHECKING:
+    from throughline.dictionaries import Dictionary
+
+if TYPE_CHECKING:
+    from throughline.interop import ImportedDictionary
 
 Say = Callable[[str], None]
 PRESETS = ("commented", "seed98")
@@ -74,6 +80,7 @@ def init(path: str | Path = "study.yaml", preset: str = "commented") -> Path:
     return path
 
 
+@overload
 def train(
     study: str | Path,
     out: str | Path | None = None,
@@ -82,8 +89,73 @@ def train(
     device: str | None = None,
     say: Say = silent,
     progress: Callable[[Any], None] = ignore,
-) -> RunDir:
-    """Train the dictionaries of a study; returns the run. InputError if `out` has a run already, unless `resume`."""
+) -> RunDir: ...
+
+
+@overload
+def train(
+    *,
+    activations: Any,
+    out: str | Path | None = None,
+    dictionary: DictionarySpec | dict[str, Any] | None = None,
+    training: TrainingSpec | dict[str, Any] | None = None,
+    layers: list[str] | None = None,
+    name: str = "activations",
+    resume: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+    progress: Callable[[Any], None] = ignore,
+) -> "dict[str, Dictionary]": ...
+
+
+def train(
+    study: str | Path | None = None,
+    out: str | Path | None = None,
+    settings: list[str] | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+    progress: Callable[[Any], None] = ignore,
+    *,
+    activations: Any = None,
+    dictionary: DictionarySpec | dict[str, Any] | None = None,
+    training: TrainingSpec | dict[str, Any] | None = None,
+    layers: list[str] | None = None,
+    name: str = "activations",
+) -> "RunDir | dict[str, Dictionary]":
+    """Train the dictionaries of a study; returns the run. InputError if `out` has a run already, unless `resume`.
+
+    Or of `activations`, without a language model; returns the dictionaries by layer. `activations`: an array [N, D] (one
+    layer) or [L, N, D], a folder of .npy or .safetensors files of such arrays, an iterator of them, a function that makes
+    one (needed for several epochs), or an ActivationSource. `dictionary` and `training` are those of a study file;
+    `training.tokens` is the length of the array unless given. `layers` names the L layers. With `out` each layer's
+    dictionary is saved in a folder of its name there, as SAELens saves it.
+    """
+    if activations is not None:
+        if study is not None or settings:
+            raise InputError(
+                "train takes a study or activations, found both; settings are given as dictionary and training"
+            )
+        from throughline.activations import train_on_activations
+
+        return train_on_activations(
+            activations,
+            out,
+            dictionary=dictionary,
+            training=training,
+            layers=layers,
+            name=name,
+            resume=resume,
+            device=choose_device(device),
+            say=say,
+            report=progress,
+        )
+    if study is None:
+        raise InputError("train needs a study file, or activations=…")
+    if dictionary or training or layers:
+        raise InputError(
+            "dictionary, training and layers go with activations; a study file has its own (change it with settings)"
+        )
     run, device = _start(load_study(study, settings), out, resume, device)
     with _session(run, device, say) as session:
         from throughline.pipeline import train_models
@@ -181,6 +253,46 @@ def compare(
         return pipeline.compare(session, prompt, models, force)
 
 
+def import_sae(
+    run: str | Path,
+    path: str | Path,
+    layer: int,
+    model: str | None = None,
+    from_: str = "auto",
+    study: str | Path | None = None,
+    device: str | None = None,
+    say: Say = silent,
+) -> "ImportedDictionary":
+    """Put a dictionary trained elsewhere into a run at its layer; with `study`, the run is made if it is not there yet.
+
+    `from_` is saelens, sparsify, gemma-scope or dictionary-learning; auto tells it from the files. The layer counts as trained.
+    """
+    if study is not None:
+        _start(load_study(study), run, True, device)
+    with _session(run, device, say) as session:
+        from throughline.interop import import_dictionary
+
+        return import_dictionary(session, Path(path), model, layer, from_)
+
+
+def export_sae(
+    run: str | Path | RunDir,
+    to: str,
+    out: str | Path,
+    model: str | None = None,
+    layers: list[int] | None = None,
+    hub_layout: bool = False,
+) -> list[Path]:
+    """Write a run's dictionaries in another project's format; returns their folders.
+
+    `hub_layout` (saelens): a folder by hook and a model card with their quality, ready to upload.
+    """
+    from throughline.interop import export_dictionaries
+
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    return export_dictionaries(opened, to, Path(out), model, layers, hub_layout)
+
+
 @dataclass(frozen=True)
 class Finished:
     """What `run` made."""
@@ -243,13 +355,16 @@ def status(run: str | Path | RunDir) -> dict[str, Any]:
     """What is done, running, waiting, stopped or failed: for each model its steps, its layers' states and gates, where its
     training is, and why it failed."""
     opened = run if isinstance(run, RunDir) else RunDir.open(run)
-    study, manifest = opened.study(), opened.manifest()
-    progress = opened.read_json("progress.json") if opened.exists("progress.json") else {}
+    study, manifest, progress = opened.study(), opened.manifest(), opened.progress()
     models: dict[str, Any] = {}
     for spec in study.models:
         name = spec.name
-        steps = {stage: f"{stage}/{name}" in manifest for stage in ("train", "evaluate", "features", "label")}
-        where = progress.get(name)
+        noted = progress.get(name, {})
+        where = noted if "at" in noted else None
+        trained, imported = opened.trained_layers(name), opened.imported(name)
+        known = _wanted_layers(spec, noted.get("depth")) or trained
+        steps = {stage: f"{stage}/{name}" in manifest for stage in ("evaluate", "features", "label")}
+        steps = {"train": bool(known) and set(known) <= set(trained)} | steps
         if steps["train"]:
             state = "done"
         elif where and "failed" in where:
@@ -259,21 +374,31 @@ def status(run: str | Path | RunDir) -> dict[str, Any]:
         else:
             state = "stopped" if where else "waiting"
         quality = {q.layer: q for q in opened.quality(name)} if steps["evaluate"] else {}
-        wanted = [] if spec.layers == "all" else spec.layers
-        known = opened.trained_layers(name) or (where or {}).get("layers") or wanted
+        states = {layer: "imported" if layer in imported else "done" for layer in trained}
         models[name] = {
             "state": state,
             "failed": (where or {}).get("failed") if state == "failed" else None,
             "steps": steps,
             "progress": where if state in ("running", "stopped") else None,
             "layers": {
-                layer: {"state": state, "gate": quality[layer].gate if layer in quality else None} for layer in known
+                layer: {
+                    "state": states.get(layer, state),
+                    "gate": quality[layer].gate if layer in quality else None,
+                }
+                for layer in known
             },
         }
-    return {"name": study.name, "folder": str(opened.root), "models": models, "forced": opened.info().forced}
+    info = opened.info()
+    said = {"forced": info.forced, "random_weights": info.random_weights}
+    return {"name": study.name, "folder": str(opened.root), "models": models} | said
 
 
 STALE_SECONDS = 60.0
+
+
+def _wanted_layers(spec: ModelSpec, depth: int | None) -> list[int]:
+    """The layers a study wants of a model; none if that is all of them and nobody has looked how many there are."""
+    return list(range(depth or 0)) if spec.layers == "all" else sorted(set(spec.layers))
 
 
 def folder_of(study: Study, out: str | Path | None) -> Path:
@@ -295,7 +420,9 @@ def _start(study: Study, out: str | Path | None, resume: bool, device: str | Non
 
     chosen = choose_device(device)
     check_study(study)
-    return RunDir.create(folder, study), chosen
+    run = RunDir.create(folder, study)
+    run.update_info(random_weights=[spec.name for spec in study.models if spec.weights == "random"])
+    return run, chosen
 
 
 @contextmanager
@@ -307,7 +434,12 @@ def _session(run: str | Path | RunDir, device: str | None, say: Say) -> Iterator
 
 
 def _require_trained(session: Any) -> None:
-    missing = [s.name for s in session.study.models if f"train/{s.name}" not in session.run.manifest()]
+    missing = []
+    for spec in session.study.models:
+        wanted, trained = session.layers(spec), session.run.trained_layers(spec.name)
+        left = [str(layer) for layer in wanted if layer not in trained]
+        if left:
+            missing.append(spec.name if len(left) == len(wanted) else f"{spec.name} (layers {', '.join(left)})")
     if missing:
         raise InputError(
             f"{', '.join(missing)} not trained yet; `throughline train STUDY --out {session.run.root} --resume` does it"

@@ -1,22 +1,91 @@
 """Activations of all wanted layers from one forward pass, which stops after the last of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from throughline.models import LanguageModel
+from throughline.models.language_model import quiet_transformers
 from throughline.tokens import TokenRows
+
+Harvested = tuple[TokenRows, Float[Tensor, "L N D"]]
+
+
+def harvest(
+    model: LanguageModel, batches: Iterable[TokenRows], layers: Sequence[int], num_threads: int = 1
+) -> Iterator[Harvested]:
+    """For each batch of rows the residual stream after `layers` at its N kept tokens (row by row), as float32.
+
+    With several threads each takes a batch at a time and computes it alone: small models gain more from that than from
+    splitting every product. The order of the batches is kept.
+    """
+    if num_threads == 1:
+        yield from (_read(model, rows, layers) for rows in batches)
+        return
+    waiting: deque[Future[Harvested]] = deque()
+    with (
+        quiet_transformers(),
+        ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        for rows in batches:
+            waiting.append(pool.submit(_read, model, rows, layers))
+            if len(waiting) > num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @torch.no_grad()
-def harvest(
-    model: LanguageModel, batches: Iterable[TokenRows], layers: Sequence[int]
-) -> Iterator[tuple[TokenRows, Float[Tensor, "L N D"]]]:
-    """For each batch of rows the residual stream after `layers` at its N kept tokens (row by row), as float32."""
-    for rows in batches:
-        inputs = model.inputs(rows.ids, rows.positions, rows.pieces)
-        residuals = model.run(inputs, capture=layers, logits=False).residuals
-        keep = torch.from_numpy(rows.keep).to(inputs.ids.device)
-        yield rows, torch.stack([residuals[layer][keep].float() for layer in layers])
+def _read(model: LanguageModel, rows: TokenRows, layers: Sequence[int]) -> Harvested:
+    inputs = model.inputs(rows.ids, rows.positions, rows.pieces)
+    residuals = model.run(inputs, capture=layers, logits=False).residuals
+    keep = torch.from_numpy(rows.keep).to(inputs.ids.device)
+    return rows, torch.stack([residuals[layer][keep].float() for layer in layers])
+
+
+class TextSource:
+    """Activations of a text for training (`training.sources.ActivationSource`).
+
+    `open_rows` starts the text's rows anew; each of the `epochs` takes the first `num_tokens` of it. Batches that are
+    skipped are tokenised and not run through the model.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        layers: Sequence[int],
+        open_rows: Callable[[], Iterable[TokenRows]],
+        *,
+        num_tokens: int,
+        epochs: int = 1,
+    ) -> None:
+        self._model, self._layers, self._open_rows = model, layers, open_rows
+        self._num_tokens, self._epochs = num_tokens, epochs
+
+    def batches(self, start: int = 0) -> Iterator[Float[Tensor, "L n D"]]:
+        """As the protocol has it."""
+        taken: deque[int] = deque()
+
+        def wanted() -> Iterator[TokenRows]:
+            for number, (rows, num_tokens) in enumerate(self._all_rows()):
+                if number >= start:
+                    taken.append(num_tokens)
+                    yield rows
+
+        threads = torch.get_num_threads() if self._model.device.type == "cpu" else 1
+        for _, x_LND in harvest(self._model, wanted(), self._layers, threads):
+            yield x_LND[:, : taken.popleft()]
+
+    def _all_rows(self) -> Iterator[tuple[TokenRows, int]]:
+        """Rows of all epochs, and how many tokens of each are wanted."""
+        for _ in range(self._epochs):
+            left = self._num_tokens
+            for rows in self._open_rows():
+                yield rows, min(rows.num_tokens, left)
+                left -= rows.num_tokens
+                if left <= 0:
+                    break

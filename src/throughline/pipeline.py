@@ -7,41 +7,30 @@ setting redoes exactly what it touches.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from typing import Any
 
 import polars as pl
 import torch
-from torch import Tensor
 
 from throughline.codes import Codes, encode_csr
 from throughline.comparing import compare_traces
-from throughline.dictionaries import save_dictionary, untrained_like
+from throughline.dictionaries import untrained_like
 from throughline.errors import InputError, ThroughlineError
 from throughline.executors.local import run_jobs
 from throughline.features import describe_features
-from throughline.harvesting import harvest
+from throughline.jobs import Report, train_layers, train_steps
 from throughline.labelers import LayerText
-from throughline.models import check_model
+from throughline.models import check_model, read_tokenizer
 from throughline.quality import evaluate
 from throughline.records import Comparison, LayerQuality, Trace, TransferInfo, best_labels
 from throughline.registry import LABELERS, METRICS
 from throughline.run_dir import digest_key
 from throughline.session import Session
 from throughline.study import ModelSpec, Study
-from throughline.text import measure_text, read_documents
-from throughline.tokens import encode_prompt, open_tokenizer, stream_rows, take_documents
+from throughline.text import read_documents
+from throughline.tokens import encode_prompt, take_documents
 from throughline.tracing import TraceInputs, check_prompt, trace_prompt
-from throughline.training import Progress, train
 from throughline.transfer import Side
 from throughline.zoo.texts import solve
-
-HARVEST_TOKENS = 2048
-PROBE_TOKENS = 16
-MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
-Report = Callable[[Progress], None]
-
 
 # ---- train
 
@@ -58,7 +47,7 @@ def check_study(study: Study) -> None:
 
 def _check_prompt(spec: ModelSpec, prompt: str, context: int | None) -> None:
     check_prompt(prompt)
-    num_tokens = len(encode_prompt(open_tokenizer(spec.path, spec.revision), prompt))
+    num_tokens = len(encode_prompt(read_tokenizer(spec), prompt))
     if context is not None and num_tokens >= context:
         raise InputError(
             f"trace.prompts: {prompt[:40]!r}… has {num_tokens} tokens; {spec.name} sees {context} and needs at least one "
@@ -67,130 +56,40 @@ def _check_prompt(spec: ModelSpec, prompt: str, context: int | None) -> None:
 
 
 def train_models(session: Session, report: Report) -> None:
-    """Dictionaries of every wanted layer of every model; models already trained from the same settings are skipped."""
-    pending = [spec for spec in session.study.models if not _is_done(session, _train_step(session, spec))]
+    """Dictionaries of every wanted layer of every model; layers that are trained from the same settings, or imported, are kept."""
+    pending: dict[str, list[int]] = {}
     for spec in session.study.models:
-        session.layers(spec)  # a wrong layer is refused before anything is trained
-        if session.context(spec.name) < session.study.data.context and spec in pending:
+        check_layers(session, spec)  # a wrong layer is refused before anything is trained
+        steps = train_steps(session, spec)
+        pending[spec.name] = [layer for layer, step in steps.items() if not _is_done(session, step)]
+        imported = [str(layer) for layer in session.run.imported(spec.name) if layer in steps]
+        if imported:
+            session.say(f"{spec.name}: imported, so not trained: layer{'s'[: len(imported) > 1]} {', '.join(imported)}")
+        if session.context(spec.name) < session.study.data.context and pending[spec.name]:
             session.say(f"data.context {session.study.data.context} is {session.context(spec.name)} for {spec.name}")
-    run_jobs(pending, lambda spec: _note_failure(session, spec, report), name_of=lambda spec: spec.name)
+    run_jobs(
+        [spec for spec in session.study.models if pending[spec.name]],
+        lambda spec: _note_failure(session, spec, pending[spec.name], report),
+        name_of=lambda spec: spec.name,
+    )
 
 
-def _note_failure(session: Session, spec: ModelSpec, report: Report) -> None:
+def check_layers(session: Session, spec: ModelSpec) -> None:
+    """InputError for a wanted layer that the model has not; the run remembers how deep the model is."""
+    model = session.model(spec.name)
+    model.layers(spec.layers)
+    known = session.run.progress().get(spec.name, {})
+    if known.get("depth") != model.num_layers:
+        session.run.note_progress(spec.name, **(known | {"depth": model.num_layers}))
+
+
+def _note_failure(session: Session, spec: ModelSpec, layers: list[int], report: Report) -> None:
     """Train; a failure is kept for `throughline status` before it is passed on."""
     try:
-        _train_model(session, spec, report)
+        train_layers(session, spec, layers, report)
     except ThroughlineError as error:
-        _note_progress(session, spec.name, {"failed": str(error)})
+        session.run.note_progress(spec.name, failed=str(error), at=time.time())
         raise
-
-
-def _train_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
-    study = session.study
-    training = study.training.model_dump()
-    parts = (spec.model_dump(), study.data.model_dump(), study.dictionary_for(spec).model_dump(), training)
-    return f"train/{spec.name}", digest_key(*parts)
-
-
-def _train_model(session: Session, spec: ModelSpec, report: Report) -> None:
-    run, study, model = session.run, session.study, session.model(spec.name)
-    layers = session.layers(spec)
-    specs = {layer: study.dictionary_for(spec).at_layer(layer) for layer in layers}
-    with run.step(*_train_step(session, spec)) as files:
-        training = study.training.model_copy(update={"tokens": _tokens_of_an_epoch(session, spec.name)})
-        source = activations(session, spec.name, layers)
-        first = next(source, None)
-        if first is None:
-            raise InputError(f"{study.data.path} gave no tokens to train on")
-        keep_progress = _progress_keeper(session, report)
-        dictionaries = train(
-            _prepend(first, source),
-            specs,
-            training,
-            model=spec.name,
-            num_layers=model.num_layers,
-            report=keep_progress,
-        )
-        for column, layer in enumerate(layers):
-            dictionary = dictionaries[layer]
-            dictionary.metadata.update(_saelens_metadata(session, spec, layer))
-            names = save_dictionary(dictionary, run.layer_folder(spec.name, layer), first[column, :PROBE_TOKENS])
-            files += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
-
-
-def _tokens_of_an_epoch(session: Session, name: str) -> int:
-    """The study's tokens, or as many as its text has: the learning rate has to know when training ends."""
-    study, wanted = session.study, session.study.training.tokens
-    size = measure_text(study.data)
-    if size is None or size > MOST_BYTES_PER_TOKEN * wanted:
-        return wanted
-    documents, context = read_documents(study.data, "train", study.training.seed), session.context(name)
-    tokenizer, keep = session.model(name).tokenizer, study.data.keep_special_tokens
-    count = 0
-    for rows in stream_rows(documents, tokenizer, context, max(1, HARVEST_TOKENS // context), keep):
-        count += rows.num_tokens
-        if count >= wanted:
-            return wanted
-    session.say(f"{name}: the text has {count:,} tokens to train on, less than the {wanted:,} asked for")
-    return count
-
-
-def activations(session: Session, name: str, layers: list[int]) -> Iterator[Tensor]:
-    """The study's training activations, [L, n, D] at a time: `tokens` of each epoch, the epochs one after another."""
-    study, model = session.study, session.model(name)
-    context = session.context(name)
-    for _ in range(study.training.epochs):
-        left = study.training.tokens
-        documents = read_documents(study.data, "train", study.training.seed)
-        batches = stream_rows(
-            documents,
-            model.tokenizer,
-            context,
-            max(1, HARVEST_TOKENS // context),
-            study.data.keep_special_tokens,
-        )
-        for _, x_LND in harvest(model, batches, layers):
-            yield x_LND[:, :left]
-            left -= x_LND.shape[1]
-            if left <= 0:
-                break
-
-
-def _prepend(first: Tensor, rest: Iterable[Tensor]) -> Iterator[Tensor]:
-    yield first
-    yield from rest
-
-
-def _progress_keeper(session: Session, report: Report) -> Report:
-    """Report a training's progress, and keep the latest of each model for `throughline status`."""
-
-    def keep(progress: Progress) -> None:
-        _note_progress(session, progress.model, asdict(progress))
-        report(progress)
-
-    return keep
-
-
-def _note_progress(session: Session, model: str, where: dict[str, Any]) -> None:
-    path = session.run.progress_path().name
-    known = session.run.read_json(path) if session.run.exists(path) else {}
-    session.run.write_json(path, known | {model: where | {"at": time.time()}})
-
-
-def _saelens_metadata(session: Session, spec: ModelSpec, layer: int) -> dict[str, Any]:
-    """What SAELens needs to know of where a dictionary belongs."""
-    model, data = session.model(spec.name), session.study.data
-    return {
-        "model_name": spec.path if not spec.path.startswith("/") else spec.name,
-        "model_class_name": "AutoModelForCausalLM",
-        "hook_name": model.module_path(layer),
-        "hf_hook_name": model.module_path(layer),
-        "hook_head_index": None,
-        "context_size": session.context(spec.name),
-        "dataset_path": data.path if not data.path.startswith("/") else data.path.rpartition("/")[2],
-        "prepend_bos": model.tokenizer.bos_token_id is not None,
-        "exclude_special_tokens": not data.keep_special_tokens,
-    }
 
 
 # ---- evaluate, features, label
@@ -225,7 +124,8 @@ def evaluate_models(session: Session) -> list[LayerQuality]:
 def _evaluate_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
     study = session.study
     parts = (study.evaluation.model_dump(), study.gate.model_dump(), study.models[0].path)
-    return f"evaluate/{spec.name}", digest_key(_train_step(session, spec)[1], *parts)
+    trained = [key for _, key in train_steps(session, spec).values()]
+    return f"evaluate/{spec.name}", digest_key(trained, *parts)
 
 
 def describe_models(session: Session) -> None:
@@ -373,7 +273,8 @@ def compare(session: Session, prompt: str, models: list[str] | None = None, forc
 def _require_current(session: Session, name: str) -> None:
     """Refuse tables that were made from other settings than the run's study has now."""
     spec, manifest = session.study.model(name), session.run.manifest()
-    for step, key in (_train_step(session, spec), _features_step(session, spec), _label_step(session, spec)):
+    steps = (*train_steps(session, spec).values(), _features_step(session, spec), _label_step(session, spec))
+    for step, key in steps:
         if step in manifest and manifest[step].key != key:
             raise InputError(
                 f"{step} of this run was made from other settings than its study has now; "

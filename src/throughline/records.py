@@ -314,3 +314,4 @@ class RunInfo(Record):
     commit: str | None
     created: str
     forced: bool = False
+    random_weights: list[str] = []  # models of the run that were never trained

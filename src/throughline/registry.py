@@ -54,7 +54,14 @@ def unknown(kind: str, name: object, known: list[str]) -> str:
 
 ARCHITECTURES = Registry(
     "architecture",
-    {"topk": "throughline.dictionaries.topk:TopK", "relu": "throughline.dictionaries.relu:ReLU"},
+    {
+        "topk": "throughline.dictionaries.topk:TopK",
+        "relu": "throughline.dictionaries.relu:ReLU",
+        "batch_topk": "throughline.dictionaries.batch_topk:BatchTopK",
+        "jumprelu": "throughline.dictionaries.jumprelu:JumpReLU",
+        "gated": "throughline.dictionaries.gated:Gated",
+        "matryoshka": "throughline.dictionaries.matryoshka:Matryoshka",
+    },
 )
 METRICS = Registry(
     "metric",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +38,8 @@ from throughline.study import Study, dump_study, folder_name, parse_study
 
 R = TypeVar("R", bound=Record)
 TABLES = ("features", "examples", "labels")
+PROGRESS = "progress.json"
+IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
 REPORTED_PACKAGES = ("throughline", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 
 
@@ -106,6 +108,8 @@ class RunDir:
             return False
         damaged = [name for name, checksum in record.files.items() if _checksum(self.root / name) != checksum]
         if damaged:
+            if record.key.startswith(IMPORTED):  # training it instead would pass off one dictionary as another
+                self._check_file(step, damaged[0])
             warn(f"{self.root / damaged[0]} does not match its checksum; {step} is done again")
         return not damaged
 
@@ -118,7 +122,9 @@ class RunDir:
     def _check_file(self, step: str, relative: str) -> None:
         record = self.manifest().get(step)
         if record and _checksum(self.root / relative) != record.files.get(relative):
-            raise DamagedFileError(f"{self.root / relative} does not match its checksum; {self._redo()}")
+            imported = record.key.startswith(IMPORTED)
+            advice = "import it again with `throughline import`, or delete its folder" if imported else self._redo()
+            raise DamagedFileError(f"{self.root / relative} does not match its checksum; {advice}")
 
     def _damaged(self, relative: str, error: Exception) -> DamagedFileError:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -133,15 +139,31 @@ class RunDir:
     @contextmanager
     def step(self, name: str, key: str) -> Iterator[list[str]]:
         """Do a step: the block appends the relative names of the files it wrote; they are noted when it ends well."""
-        started, clock, files = _now(), time.perf_counter(), []
+        with self.steps({name: key}) as files:
+            yield files[name]
+
+    @contextmanager
+    def steps(self, keys: dict[str, str]) -> Iterator[dict[str, list[str]]]:
+        """Do several steps at once, by name and key; the block appends to the files of each."""
+        started, clock, files = _now(), time.perf_counter(), {name: [] for name in keys}
         yield files
-        record = StepRecord(
-            key=key,
-            started=started,
-            seconds=round(time.perf_counter() - clock, 3),
-            files={file: _checksum(self.root / file) or "" for file in files},
-        )
-        manifest = self.manifest() | {name: record}
+        seconds = round(time.perf_counter() - clock, 3)
+        done = {
+            name: StepRecord(
+                key=key,
+                started=started,
+                seconds=seconds,
+                files={file: _checksum(self.root / file) or "" for file in files[name]},
+            )
+            for name, key in keys.items()
+        }
+        self._write_manifest(self.manifest() | done)
+
+    def forget(self, step: str) -> None:
+        """Take a step out of the manifest, so that it is done again."""
+        self._write_manifest({name: record for name, record in self.manifest().items() if name != step})
+
+    def _write_manifest(self, manifest: dict[str, StepRecord]) -> None:
         self.write_json("manifest.json", {step: manifest[step].model_dump() for step in sorted(manifest)})
 
     # ---- places
@@ -159,9 +181,15 @@ class RunDir:
         """Training state; removed when training is done."""
         return self.root / "models" / folder_name(model) / "checkpoints"
 
-    def progress_path(self) -> Path:
-        """One JSON line per report of a running training, for `throughline status`."""
-        return self.root / "progress.json"
+    def progress(self) -> dict[str, dict[str, Any]]:
+        """By model: how deep it is, and where its training is or why it failed."""
+        return self.read_json(PROGRESS) if self.exists(PROGRESS) else {}
+
+    def note_progress(self, model: str, **where: Any) -> None:
+        """Replace what is known of a model's training; its depth is kept."""
+        known = self.progress()
+        depth = {name: value for name, value in known.get(model, {}).items() if name == "depth"}
+        self.write_json(PROGRESS, known | {model: depth | where})
 
     def report_folder(self) -> Path:
         """The one-file page and figures/."""
@@ -185,9 +213,21 @@ class RunDir:
 
     def trained_layers(self, model: str) -> list[int]:
         """Layers of a model whose dictionaries are finished."""
-        step = self.manifest().get(f"train/{model}")
-        folders = {PurePosixPath(name).parent.name for name in step.files} if step else set()
-        return sorted(int(folder.removeprefix("layer_")) for folder in folders if folder.startswith("layer_"))
+        return sorted(self._layer_steps(model))
+
+    def imported(self, model: str) -> dict[int, str]:
+        """The keys of those of them that were imported, by layer; one whose folder was deleted is not."""
+        steps = self._layer_steps(model)
+        return {
+            layer: record.key
+            for layer, record in steps.items()
+            if record.key.startswith(IMPORTED) and self.layer_folder(model, layer).is_dir()
+        }
+
+    def _layer_steps(self, model: str) -> dict[int, StepRecord]:
+        prefix = f"train/{model}/"
+        steps = {name.removeprefix(prefix): r for name, r in self.manifest().items() if name.startswith(prefix)}
+        return {int(layer): record for layer, record in steps.items() if layer.isdigit()}
 
     def write_table(self, model: str, table: str, frame: pl.DataFrame) -> str:
         """Save one of TABLES of a model as Parquet; returns the relative name."""

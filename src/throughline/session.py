@@ -34,12 +34,15 @@ class Session:
     def model(self, name: str) -> LanguageModel:
         """The language model called `name`."""
         if name not in self._models:
-            self._models[name] = open_model(self.study.model(name), self.device)
+            self._models[name] = open_model(self.study.model(name), self.device, self.say)
         return self._models[name]
 
     def layers(self, spec: ModelSpec) -> list[int]:
-        """The layers of a model that the study wants."""
-        return self.model(spec.name).layers(spec.layers)
+        """The layers of a model that the study wants. The model is opened only if the run does not know how deep it is."""
+        if spec.layers != "all":
+            return sorted(set(spec.layers))
+        depth = self.run.progress().get(spec.name, {}).get("depth")
+        return self.model(spec.name).layers("all") if depth is None else list(range(depth))
 
     def context(self, name: str) -> int:
         """Longest piece of text, in tokens: the study's, or the model's if that is less."""
@@ -48,8 +51,9 @@ class Session:
     def dictionaries(self, name: str) -> dict[int, Dictionary]:
         """A model's trained dictionaries by layer, checked against their checksums and probes."""
         if name not in self._dictionaries:
-            self.run.check(f"train/{name}")
             layers = self.layers(self.study.model(name))
+            for layer in layers:
+                self.run.check(f"train/{name}/{layer}")
             self._dictionaries[name] = {
                 layer: load_dictionary(self.run.layer_folder(name, layer), self.device) for layer in layers
             }

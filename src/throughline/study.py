@@ -15,6 +15,11 @@ from throughline.errors import InputError
 from throughline.registry import ARCHITECTURES, LABELERS, METRICS, Registry, unknown
 
 LONGEST_SHOWN = 60  # characters of a wrong value that an error repeats
+RANDOM_WEIGHTS = " (random weights)"  # how the name of a model without training ends
+
+WHOLE_K = ("topk", "batch_topk", "matryoshka")
+# Which of k and l1 our architectures read; one of a third party is given both.
+READ = {name: {"k"} for name in (*WHOLE_K, "jumprelu")} | {name: {"l1"} for name in ("relu", "gated")}
 
 
 def _require_known(kind: str, names: list[str], registry: Registry) -> None:
@@ -45,6 +50,7 @@ class DictionaryOverride(Section):
     d_sae: int | None = Field(default=None, ge=1)
     k: int | None = Field(default=None, ge=1)
     l1: float | L1Schedule | None = None
+    target_l0: float | None = Field(default=None, gt=0)
 
 
 class ModelOverride(DictionaryOverride):
@@ -59,10 +65,12 @@ class DictionarySpec(Section):
     architecture: str = "topk"
     expansion: float = Field(default=8, gt=0)
     d_sae: int | None = Field(default=None, ge=1)
-    k: int = Field(default=32, ge=1)  # active features per token (topk)
+    k: int = Field(default=32, ge=1)  # active features per token (topk), on average (batch_topk, matryoshka, jumprelu)
     l1: float | L1Schedule = (
-        5.0  # coefficient of |f| times decoder norm (relu), activations scaled to mean norm sqrt(d)
+        5.0  # coefficient of |f| times decoder norm (relu, gated), activations scaled to mean norm sqrt(d)
     )
+    # active features per token at every layer: relu and gated move l1 until they have it; elsewhere another word for k
+    target_l0: float | None = Field(default=None, gt=0)
     per_layer: dict[int, DictionaryOverride] = {}
 
     def width(self, d_model: int) -> int:
@@ -75,6 +83,20 @@ class DictionarySpec(Section):
             return (self.l1.early, self.l1.mid, self.l1.late)[min(2, 3 * layer // num_layers)]
         return self.l1
 
+    @property
+    def l0(self) -> float | None:
+        """Active features per token that are asked for; None if they come out of `l1`."""
+        return self.k if self.target_l0 is None and "k" in self._read() else self.target_l0
+
+    @property
+    def ignored(self) -> list[str]:
+        """Settings of `k` and `l1` that were given and that this architecture does not read."""
+        read = self._read() - ({"k"} if self.target_l0 is not None else set())
+        return [n for n in ("k", "l1") if n not in read and getattr(self, n) != DictionarySpec.model_fields[n].default]
+
+    def _read(self) -> set[str]:
+        return READ.get(self.architecture, {"k", "l1"})
+
     def at_layer(self, layer: int) -> "DictionarySpec":
         """This specification with the overrides of one layer applied."""
         return self.overridden(self.per_layer.get(layer))
@@ -86,12 +108,20 @@ class DictionarySpec(Section):
         given = override.model_dump(exclude_none=True)
         if "expansion" in given and "d_sae" not in given:
             given["d_sae"] = None
+        if (
+            "k" in given
+            and "target_l0" not in given
+            and "k" in READ.get(given.get("architecture", self.architecture), {})
+        ):
+            given["target_l0"] = None
         return DictionarySpec.model_validate(self.model_dump() | given)
 
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.architecture not in ARCHITECTURES.names():
             raise ValueError(unknown("architecture", self.architecture, ARCHITECTURES.names()))
+        if self.architecture in WHOLE_K and self.target_l0 is not None and self.target_l0 % 1:
+            raise ValueError(f"{self.architecture} keeps a whole number of features, found target_l0 {self.target_l0}")
         return self
 
 
@@ -103,6 +133,7 @@ class ModelSpec(Section):
     layers: Literal["all"] | list[int] = "all"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    weights: Literal["trained", "random"] = "trained"  # random: the architecture of config.json; only its size is real
     dictionary: ModelOverride | None = None
 
     @model_validator(mode="before")
@@ -113,7 +144,18 @@ class ModelSpec(Section):
         if isinstance(data, dict) and isinstance(data.get("path"), str) and not data.get("name"):
             path = data["path"].rstrip("/")
             data = data | {"name": path if path.startswith("zoo/") else path.rpartition("/")[2]}
+        # Every output calls a model by its name, so the name is where all of them say that the weights are random.
+        if isinstance(data, dict) and data.get("weights") == "random" and isinstance(data.get("name"), str):
+            data = data | {"name": data["name"].removesuffix(RANDOM_WEIGHTS) + RANDOM_WEIGHTS}
         return data
+
+    @model_validator(mode="after")
+    def _named_truly(self) -> Self:
+        if self.weights == "trained" and self.name.endswith(RANDOM_WEIGHTS):
+            raise ValueError(
+                f"a model of trained weights is named {self.name!r}; change its name, or set weights: random"
+            )
+        return self
 
 
 class DataSpec(Section):
@@ -137,6 +179,9 @@ class TrainingSpec(Section):
     lr: float | Literal["auto"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = Field(default=0, ge=0)
+    checkpoint_minutes: float = Field(default=5, ge=0)  # between checkpoints; 0: as often as can be
+    # activations of several epochs are kept on disk: on, off, or auto: where reading them is cheaper than computing them again
+    activation_cache: Literal["auto", "on", "off"] = "auto"
 
     @model_validator(mode="after")
     def _at_least_one_batch(self) -> Self:

@@ -53,6 +53,6 @@ def _asked(arguments: list[str] | None) -> str:
     """The command that was asked for, if it is one, with a space."""
     from throughline.cli.commands import app
 
-    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     first = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     return f"{first} " if first in names else ""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ Force = Annotated[bool, typer.Option("--force", help="go on though dictionaries 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda[:n] or mps; default the best there is", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print errors only")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+# as in throughline.dictionaries.formats, which needs torch; a test compares them
+FORMAT_NAMES = ("saelens", "sparsify", "gemma-scope", "dictionary-learning")
 
 
 @app.callback(invoke_without_command=True)
@@ -228,6 +233,64 @@ def compare(
     with live.Live(quiet or as_json) as news:
         found = api.compare(run, prompt, models, force, device, news.say)
     _print(as_json, found.model_dump(), lambda: render.comparison(found), quiet)
+
+
+@app.command(name="import")
+def import_sae(
+    run: Run,
+    path: Annotated[Path, typer.Argument(help="the folder of one dictionary", show_default=False)],
+    layer: Annotated[int, typer.Option(help="the layer it is of", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="which model of the run", show_default=False)] = None,
+    from_: Annotated[str, typer.Option("--from", help=f"auto, {', '.join(FORMAT_NAMES)}")] = "auto",
+    study: Annotated[
+        Path | None, typer.Option(help="make the run from this study file if there is none", show_default=False)
+    ] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Put a dictionary trained elsewhere into a run."""
+    from throughline import api
+    from throughline.cli import live
+
+    with live.Live(quiet) as news:
+        made = api.import_sae(run, path, layer, model, from_, study, device, news.say)
+    if not quiet:
+        typer.echo(
+            f"{made.model} layer {made.layer}: {made.architecture} of {made.d_sae:,} features from {made.format}; "
+            f"FVU {made.fvu:.4f}, L0 {made.l0:.1f} on {made.num_tokens:,} held-out tokens"
+        )
+
+
+@app.command(name="export")
+def export_sae(
+    run: Run,
+    to: Annotated[str, typer.Option(help=", ".join(FORMAT_NAMES), show_default=False)],
+    out: Annotated[Path, typer.Option(help="a new folder", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="one model; default all", show_default=False)] = None,
+    layers: Annotated[str | None, typer.Option(help="such as 0-3,6; default all", show_default=False)] = None,
+    hub_layout: Annotated[
+        bool, typer.Option("--hub-layout", help="saelens: folders by hook and a model card, ready to upload")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a run's dictionaries in another project's format."""
+    from throughline import api
+
+    written = api.export_sae(run, to, out, model, parse_layers(layers), hub_layout)
+    if not quiet:
+        typer.echo(f"{len(written)} dictionaries in {out}")
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """`0-3,6` as 0, 1, 2, 3 and 6; InputError for anything else."""
+    if text is None:
+        return None
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
+    if any(part is None for part in parts):
+        from throughline.errors import InputError
+
+        raise InputError(f"--layers expects numbers and spans such as 0-3,6, found {text!r}")
+    return sorted({i for part in parts if part for i in range(int(part[1]), int(part[2] or part[1]) + 1)})
 
 
 def _print(as_json: bool, value: Any, show: Callable[[], None], quiet: bool = False) -> None:

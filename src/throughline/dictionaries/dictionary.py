@@ -8,7 +8,7 @@ subtracted from the input (`apply_b_dec_to_input` is false). Features are in uni
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,26 +27,20 @@ class Sparse(NamedTuple):
     values: Float[Tensor, "A"]
 
 
-class Architecture(Protocol):
-    """What an architecture's file provides, beside its loss."""
-
-    name: str
-
-    @staticmethod
-    def activate(pre_NF: Tensor, options: dict[str, Any]) -> Tensor:
-        """Features of pre-activations, same shape, zero where inactive."""
-        ...
-
-
 @dataclass(frozen=True)
 class Dictionary:
-    """The features of one layer. `options` are the architecture's own (k for topk)."""
+    """The features of one layer. `options` are the architecture's own (k for topk).
+
+    `extra` holds an architecture's further weights, each [F]: `threshold` (jumprelu), `r_mag` and `b_mag` (gated, whose
+    `b_enc` is the gate's bias).
+    """
 
     architecture: str
     W_enc: Float[Tensor, "D F"]
     b_enc: Float[Tensor, "F"]
     W_dec: Float[Tensor, "F D"]
     b_dec: Float[Tensor, "D"]
+    extra: dict[str, Float[Tensor, "F"]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -62,7 +56,8 @@ class Dictionary:
 
     def encode(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
         """Features of activations, dense; zero where inactive."""
-        return self._activate(torch.addmm(self.b_enc, x_ND, self.W_enc), self.options)
+        pre_NF = torch.addmm(self.b_enc, x_ND, self.W_enc)
+        return self._activate(pre_NF, self.options, {"b_enc": self.b_enc, **self.extra})
 
     def decode(self, f_NF: Float[Tensor, "N F"]) -> Float[Tensor, "N D"]:
         """Activations from features."""
@@ -90,15 +85,28 @@ class Dictionary:
     def to(self, device: str) -> "Dictionary":
         """The same dictionary on another device."""
         moved = {name: getattr(self, name).to(device) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        return replace(self, **moved)
+        return replace(self, **moved, extra={name: tensor.to(device) for name, tensor in self.extra.items()})
 
     @property
-    def _activate(self) -> Callable[[Tensor, dict[str, Any]], Tensor]:
+    def _activate(self) -> Callable[[Tensor, dict[str, Any], dict[str, Tensor]], Tensor]:
         return ARCHITECTURES.load(self.architecture).activate
 
 
 def untrained_like(dictionary: Dictionary, mean_D: Tensor, generator: torch.Generator) -> Dictionary:
-    """A dictionary of the same shape with random unit rows, tied, centred on the data: the control of a learned one."""
+    """A dictionary of the same shape with random unit rows, tied, centred on the data: the control of a learned one.
+
+    Thresholds (jumprelu) and gates (gated) say how far from the mean a feature begins: each random feature begins as far out, in
+    units of the residual stream, as the learned one it stands for, and at the mean at the nearest. A gated one's magnitude is
+    its projection.
+    """
     rows = torch.randn(dictionary.W_dec.shape, generator=generator)
     rows = (rows / rows.norm(dim=1, keepdim=True)).to(dictionary.W_dec)
-    return replace(dictionary, W_enc=rows.T.contiguous(), b_enc=-(rows @ mean_D), W_dec=rows, b_dec=mean_D)
+    b_enc, extra = -(rows @ mean_D), dict(dictionary.extra)
+    length_F = dictionary.W_enc.norm(dim=0).clamp_min(1e-12)
+    at_mean_F = mean_D @ dictionary.W_enc + dictionary.b_enc
+    if "threshold" in extra:
+        extra["threshold"] = ((extra["threshold"] - at_mean_F) / length_F).clamp_min(0)
+    if "r_mag" in extra:
+        extra |= {"r_mag": torch.zeros_like(b_enc), "b_mag": b_enc}
+        b_enc = b_enc + (at_mean_F / length_F).clamp_max(0)
+    return replace(dictionary, W_enc=rows.T.contiguous(), b_enc=b_enc, W_dec=rows, b_dec=mean_D, extra=extra)

@@ -1,4 +1,4 @@
-"""ReLU with an L1 penalty, weighted by decoder norms (Anthropic's April 2024 update).
+"""ReLU with an L1 penalty, weighted by decoder norms (Anthropic's April 2024 update, transformer-circuits.pub).
 
 loss = (|x - x_hat|^2 + lambda * sum_f f |W_dec,f|) / D        lambda grows from 0 over the first tenth
 """
@@ -17,9 +17,13 @@ class ReLU:
     """Options: none at inference; the L1 coefficient of each layer in training."""
 
     name = "relu"
+    inference = "relu"
+    starved_after = None
 
     @staticmethod
-    def activate(pre_NF: Float[Tensor, "N F"], options: dict[str, Any]) -> Float[Tensor, "N F"]:
+    def activate(
+        pre_NF: Float[Tensor, "N F"], options: dict[str, Any], weights: dict[str, Tensor]
+    ) -> Float[Tensor, "N F"]:
         """Negative entries become zero."""
         return pre_NF.relu()
 
@@ -29,18 +33,37 @@ class ReLU:
         return {}
 
     @staticmethod
+    def first_penalty(l1: float, d_model: int) -> float:
+        """The study's L1 coefficient."""
+        return l1
+
+    @staticmethod
+    def extra(shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        """No further weights."""
+        return {}
+
+    @staticmethod
+    def fold(extra: dict[str, Tensor], norm_F: Tensor, scale: float, offset_F: Tensor) -> dict[str, Tensor]:
+        """Nothing to fold."""
+        return {}
+
+    @staticmethod
     def loss(
         stack: Stack,
         x_LND: Float[Tensor, "L N D"],
         dead_LF: Bool[Tensor, "L F"],
         progress: float,
-        l1_L: Float[Tensor, "L"],
+        penalty_L: Float[Tensor, "L"],
         **_: Any,
     ) -> StepLoss:
         """Loss of every layer on centred, scaled activations."""
         f_LNF = stack.pre_activations(x_LND).relu()
         x_hat_LND = f_LNF @ stack.W_dec_LFD + stack.b_dec_LD[:, None]
-        penalty_L = (f_LNF * stack.W_dec_LFD.norm(dim=-1)[:, None]).sum(-1).mean(1)
+        l1_L = (f_LNF * stack.W_dec_LFD.norm(dim=-1)[:, None]).sum(-1).mean(1)
         error_L = (x_LND - x_hat_LND).square().sum(-1).mean(1)
-        loss_L = (error_L + l1_L * min(1.0, progress / WARM_UP) * penalty_L) / x_LND.shape[-1]
+        loss_L = (error_L + penalty_L * min(1.0, progress / WARM_UP) * l1_L) / x_LND.shape[-1]
         return StepLoss(loss_L, x_hat_LND, (f_LNF > 0).sum(1))
+
+    @staticmethod
+    def after_step_(stack: Stack, losses: StepLoss, trim_L: Float[Tensor, "L"]) -> None:
+        """Nothing."""

@@ -3,8 +3,8 @@
 Stacked, one batched product serves all layers, and one optimizer step too; nothing couples them.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,19 +20,83 @@ class StepLoss(NamedTuple):
     loss_L: Float[Tensor, "L"]
     x_hat_LND: Float[Tensor, "L N D"]
     fired_LF: Int[Tensor, "L F"]  # tokens of the batch on which each feature fired
+    smallest_L: Float[Tensor, "L"] | None = (
+        None  # smallest activation kept, inf if none (architectures that measure it)
+    )
+
+
+class Architecture(Protocol):
+    """What the file of an architecture provides. Nothing has state; what training remembers is in the stack."""
+
+    name: str
+    inference: str  # the architecture that a trained dictionary is saved as
+    starved_after: (
+        float | None
+    )  # dead if silent for as many tokens as an average feature takes to fire so often; None: no such rule
+
+    @staticmethod
+    def activate(pre_NF: Tensor, options: dict[str, Any], weights: dict[str, Tensor]) -> Tensor:
+        """Features of pre-activations, same shape, zero where inactive; `weights` are `b_enc` and the dictionary's `extra`."""
+        ...
+
+    @staticmethod
+    def options(**settings: Any) -> dict[str, Any]:
+        """What of the settings (`k`) a saved dictionary needs beside its weights."""
+        ...
+
+    @staticmethod
+    def first_penalty(l1: float, d_model: int) -> float | None:
+        """Coefficient of the sparsity penalty to start from; None if there is none and `k` says how many features are active."""
+        ...
+
+    @staticmethod
+    def extra(shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        """Initial weights of its own for a stack of shape [L, F, D], each [L, F]; those that require gradients are trained."""
+        ...
+
+    @staticmethod
+    def fold(extra: dict[str, Tensor], norm_F: Tensor, scale: float, offset_F: Tensor) -> dict[str, Tensor]:
+        """Weights of its own for one layer's raw activations, each [F].
+
+        Pre-activations of raw x are norm_F / scale times those of training; `offset_F` is mean @ W_enc of the folded encoder.
+        """
+        ...
+
+    @staticmethod
+    def loss(
+        stack: "Stack", x_LND: Tensor, dead_LF: Tensor, progress: float, *, k: int | None, penalty_L: Tensor
+    ) -> StepLoss:
+        """Loss of every layer; `progress` is the share of the run done, `penalty_L` the coefficient of each layer's penalty."""
+        ...
+
+    @staticmethod
+    def after_step_(stack: "Stack", losses: StepLoss, trim_L: Tensor) -> None:
+        """Bring the stack's own weights up to date after an optimizer step: clamp them, average them.
+
+        `trim_L` is how far, in logarithms, thresholds are to rise for the L0 asked for (SparsityController.trim).
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Stack:
     """Trainable weights of L layers of one shape, for activations that are centred and scaled to mean norm sqrt(D)."""
 
-    W_enc_LDF: Float[Tensor, "L D F"]
+    W_enc_LFD: Float[Tensor, "L F D"]  # a row per feature, as the decoder's: the gradients of active features are rows
     b_enc_LF: Float[Tensor, "L F"]
     W_dec_LFD: Float[Tensor, "L F D"]
     b_dec_LD: Float[Tensor, "L D"]
+    # An architecture's own; those that require gradients are trained.
+    extra_LF: dict[str, Float[Tensor, "L F"]] = field(default_factory=dict)
 
     @classmethod
-    def initialize(cls, samples_LND: Float[Tensor, "L N D"], d_sae: int, generators: list[torch.Generator]) -> "Stack":
+    def initialize(
+        cls,
+        samples_LND: Float[Tensor, "L N D"],
+        d_sae: int,
+        generators: list[torch.Generator],
+        architecture: type[Architecture],
+    ) -> "Stack":
         """Tied unit rows, half of them directions of sampled activations, half random.
 
         Directions of the data leave fewer features dead than random ones; random ones keep the dictionary from
@@ -47,16 +111,35 @@ class Stack:
             rows.append(row_FD / row_FD.norm(dim=1, keepdim=True).clamp_min(1e-8))
         W_dec_LFD = torch.stack(rows)
         L, F, D = W_dec_LFD.shape
-        weights = (W_dec_LFD.mT.contiguous(), W_dec_LFD.new_zeros(L, F), W_dec_LFD, W_dec_LFD.new_zeros(L, D))
-        return cls(*(w.requires_grad_() for w in weights))
+        weights = (W_dec_LFD.clone(), W_dec_LFD.new_zeros(L, F), W_dec_LFD, W_dec_LFD.new_zeros(L, D))
+        extra = {
+            name: tensor.detach().to(W_dec_LFD.device).requires_grad_(tensor.requires_grad)
+            for name, tensor in architecture.extra((L, F, D)).items()
+        }
+        return cls(*(w.requires_grad_() for w in weights), extra_LF=extra)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name."""
+        four = {"W_enc": self.W_enc_LFD, "b_enc": self.b_enc_LF, "W_dec": self.W_dec_LFD, "b_dec": self.b_dec_LD}
+        return four | self.extra_LF
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that are trained: four, and what the architecture adds."""
+        return {name: tensor for name, tensor in self.tensors().items() if tensor.requires_grad}
 
     def parameters(self) -> list[Tensor]:
-        """The four weights."""
-        return [self.W_enc_LDF, self.b_enc_LF, self.W_dec_LFD, self.b_dec_LD]
+        """The same, without names."""
+        return list(self.trained().values())
+
+    def single(self, index: int) -> "Stack":
+        """One layer as a stack of its own that shares this one's memory; it takes no gradients."""
+        one = slice(index, index + 1)
+        four = (w.detach()[one] for w in (self.W_enc_LFD, self.b_enc_LF, self.W_dec_LFD, self.b_dec_LD))
+        return Stack(*four, extra_LF={name: tensor.detach()[one] for name, tensor in self.extra_LF.items()})
 
     def pre_activations(self, x_LND: Float[Tensor, "L N D"]) -> Float[Tensor, "L N F"]:
         """x @ W_enc + b_enc for every layer."""
-        return torch.baddbmm(self.b_enc_LF[:, None], x_LND, self.W_enc_LDF)
+        return torch.baddbmm(self.b_enc_LF[:, None], x_LND, self.W_enc_LFD.mT)
 
     def decode_sparse(
         self, values_LNK: Float[Tensor, "L N K"], features_LNK: Int[Tensor, "L N K"]
@@ -88,7 +171,7 @@ class Stack:
     def fold(
         self,
         index: int,
-        architecture: str,
+        architecture: type[Architecture],
         mean_D: Tensor,
         scale: float,
         options: dict[str, Any],
@@ -99,15 +182,18 @@ class Stack:
         Training saw s(x - m). With unit rows, f' = f / s gives x_hat = f' @ W_dec + b_dec / s + m, and since the
         activations are positively homogeneous f' = act(x @ W_enc + b_enc / s - m @ W_enc).
         """
-        W_enc, W_dec = self.W_enc_LDF[index].detach().clone(), self.W_dec_LFD[index].detach().clone()
-        norm_F1 = W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
-        W_enc, b_enc, W_dec = W_enc * norm_F1.T, self.b_enc_LF[index] * norm_F1[:, 0], W_dec / norm_F1
+        W_dec = self.W_dec_LFD[index].detach().clone()
+        norm_F = W_dec.norm(dim=1).clamp_min(1e-8)
+        W_enc = (self.W_enc_LFD[index].detach() * norm_F[:, None]).T.contiguous()
+        offset_F = mean_D @ W_enc
+        extra = {name: tensor[index].detach() for name, tensor in self.extra_LF.items()}
         return Dictionary(
-            architecture,
+            architecture.inference,
             W_enc=W_enc,
-            b_enc=b_enc / scale - mean_D @ W_enc,
-            W_dec=W_dec,
-            b_dec=self.b_dec_LD[index] / scale + mean_D,
+            b_enc=self.b_enc_LF[index].detach() * norm_F / scale - offset_F,
+            W_dec=W_dec / norm_F[:, None],
+            b_dec=self.b_dec_LD[index].detach() / scale + mean_D,
+            extra=architecture.fold(extra, norm_F, scale, offset_F),
             options=options,
             metadata=metadata,
         )

@@ -2,6 +2,15 @@
 
 from throughline.models.families import FAMILIES, Family
 from throughline.models.language_model import Inputs, LanguageModel, ModelOutput
-from throughline.models.opening import check_model, open_model
+from throughline.models.opening import check_model, open_model, read_tokenizer
 
-__all__ = ["FAMILIES", "Family", "Inputs", "LanguageModel", "ModelOutput", "check_model", "open_model"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Inputs",
+    "LanguageModel",
+    "ModelOutput",
+    "check_model",
+    "open_model",
+    "read_tokenizer",
+]

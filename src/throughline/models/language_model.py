@@ -4,6 +4,8 @@ Hooks sit on the blocks and live only inside a `with`. `hidden_states` of transf
 already normed, and it shows the unpatched value once its own hooks are installed.
 """
 
+import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal, NamedTuple
@@ -64,6 +66,16 @@ class LanguageModel:
         self.context: int = getattr(config, self.family.context)
         self.vocab_size = int(self._unembedding_weight().shape[0])
         self._window = _window_of(config)
+
+    def in_dtype(self, dtype: torch.dtype) -> "LanguageModel":
+        """A copy whose weights are of another dtype; buffers (rotary frequencies, masks) keep theirs, as in loaded models."""
+        if dtype == self.hf.dtype:
+            return self
+        hf: Any = copy.deepcopy(self.hf)
+        hf.to(dtype)
+        for mine, other in zip(self.hf.modules(), hf.modules(), strict=True):
+            other._buffers.update(mine._buffers)
+        return LanguageModel(self.name, hf, self.tokenizer, str(self.device))
 
     def layers(self, wanted: Literal["all"] | list[int]) -> list[int]:
         """The layers wanted, ascending, each once; InputError names the first that does not exist."""
@@ -151,9 +163,15 @@ class LanguageModel:
 
     @contextmanager
     def editing(self, layer: int, edit: Edit) -> Iterator[None]:
-        """Every run of the model inside, by whatever way, has `edit` applied to the stream after block `layer`."""
+        """Every run of the model inside, by whatever way, has `edit` applied to the stream after block `layer`.
+
+        Runs in other threads are left alone, so that threads can share a model.
+        """
+        owner = threading.get_ident()
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if threading.get_ident() != owner:
+                return output
             # transformers 5 returns the stream itself, 4 a tuple that begins with it
             if isinstance(output, tuple):
                 return (_edited(edit, output[0]), *output[1:])

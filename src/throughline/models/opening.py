@@ -1,4 +1,7 @@
-"""Opening a model: checked before it is read, from safetensors only, without remote code, and in silence."""
+"""Opening a model: checked before it is read, from safetensors only, without remote code, and in silence.
+
+With `weights: random` the configuration is all that is read; the numbers are random and the model's name says so.
+"""
 
 import logging
 import warnings
@@ -16,25 +19,52 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import NewGELUActivation
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from throughline.errors import InputError
 from throughline.models.families import FAMILIES
 from throughline.models.language_model import LanguageModel, check_layers, quiet_transformers
+from throughline.models.random_weights import build_random, byte_tokenizer
 from throughline.study import ModelSpec
 from throughline.zoo import resolve_path
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model")
 
 
-def open_model(spec: ModelSpec, device: str = "cpu") -> LanguageModel:
-    """The model of `spec` on `device`. Safetensors only, no remote code; InputError, one line, for what is missing."""
+def open_model(spec: ModelSpec, device: str = "cpu", say: Callable[[str], None] = lambda line: None) -> LanguageModel:
+    """The model of `spec` on `device`. Safetensors only, no remote code; InputError, one line, for what is missing.
+
+    With random weights `say` is told what stands in for what.
+    """
     path, config = _find(spec)
     with _quiet():
-        hf = _load_weights(path, spec, str(config["model_type"]))
-        tokenizer = _load_tokenizer(path, spec.revision)
+        tokenizer = _find_tokenizer(path, spec, config)
+        if spec.weights == "trained":
+            hf = _load_weights(path, spec, str(config["model_type"]))
+        else:
+            hf = _make_weights(path, spec, device)
+    if spec.weights == "random":
+        say(f"{spec.name}: {_what_is_made_up(path)}; speed and memory are real, all that is learned from it is not")
+    _fuse_activations_(hf)
     return LanguageModel(spec.name, hf, tokenizer, device)
+
+
+def _fuse_activations_(hf: PreTrainedModel) -> None:
+    """GELU in its tanh form as one operation, where transformers makes it of eight: a tenth of GPT-2's forward pass."""
+    for module in hf.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
+    """The tokenizer of `open_model`, without reading or making weights."""
+    path, config = _find(spec)
+    with _quiet():
+        return _find_tokenizer(path, spec, config)
 
 
 def check_model(spec: ModelSpec) -> int | None:
@@ -48,7 +78,7 @@ def check_model(spec: ModelSpec) -> int | None:
     if isinstance(depth, int):
         check_layers(spec.name, spec.layers, depth)
     with _quiet():
-        _load_tokenizer(path, spec.revision)
+        _find_tokenizer(path, spec, config)
     model_type = str(config.get("model_type"))
     family = FAMILIES.load(model_type) if model_type in FAMILIES.names() else None
     return getattr(known, family.context if family else "max_position_embeddings", None)
@@ -59,7 +89,7 @@ def _find(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     path = resolve_path(spec.path)
     folder = Path(path).expanduser()
     if folder.exists() or path.startswith((".", "/", "~")):
-        _check_folder(folder)
+        _check_folder(folder, needs_weights=spec.weights == "trained")
         path = str(folder)
     with _quiet():
         config = _said_in_one_line(path, PreTrainedConfig.get_config_dict, path, revision=spec.revision)[0]
@@ -67,14 +97,14 @@ def _find(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     return path, config
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, needs_weights: bool) -> None:
     if not folder.is_dir():
         raise InputError(
             f"model folder {folder} does not exist; give a folder, a hub id such as openai-community/gpt2, or zoo/NAME"
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"model folder {folder} has no config.json, so it is not a Hugging Face model")
-    if any(folder.glob("*.safetensors")):
+    if not needs_weights or any(folder.glob("*.safetensors")):
         return
     pickled = next((file.name for pattern in PICKLED for file in sorted(folder.glob(pattern))), None)
     if pickled:
@@ -82,7 +112,10 @@ def _check_folder(folder: Path) -> None:
             f"model folder {folder} has pickled weights only ({pickled}), which can run code when read; "
             f"convert to safetensors"
         )
-    raise InputError(f"model folder {folder} has config.json but no weights (*.safetensors)")
+    raise InputError(
+        f"model folder {folder} has config.json but no weights (*.safetensors); "
+        "to measure speed and memory without, set weights: random"
+    )
 
 
 def _check_config(path: str, config: dict[str, Any]) -> None:
@@ -98,15 +131,30 @@ def _check_config(path: str, config: dict[str, Any]) -> None:
         raise InputError(f"model {path} is not a causal language model (found {found})")
 
 
+def _attention(model_type: str) -> str | None:
+    """The attention implementation that a family needs; None leaves it to transformers."""
+    return FAMILIES.load(model_type).attn_implementation if model_type in FAMILIES.names() else None
+
+
+def _make_weights(path: str, spec: ModelSpec, device: str) -> PreTrainedModel:
+    config = _said_in_one_line(path, AutoConfig.from_pretrained, path, revision=spec.revision, trust_remote_code=False)
+    return build_random(
+        config,
+        name=spec.name,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=_attention(config.model_type),
+        device=device,
+    )
+
+
 def _load_weights(path: str, spec: ModelSpec, model_type: str) -> PreTrainedModel:
-    forced = FAMILIES.load(model_type).attn_implementation if model_type in FAMILIES.names() else None
     hf, report = _said_in_one_line(
         path,
         AutoModelForCausalLM.from_pretrained,
         path,
         revision=spec.revision,
         dtype=getattr(torch, spec.dtype),
-        attn_implementation=forced,
+        attn_implementation=_attention(model_type),
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
@@ -115,6 +163,24 @@ def _load_weights(path: str, spec: ModelSpec, model_type: str) -> PreTrainedMode
         missing = sorted(report["missing_keys"])
         raise InputError(f"weights of model {path} lack {len(missing)} tensors, such as {missing[0]}")
     return hf
+
+
+def _find_tokenizer(path: str, spec: ModelSpec, config: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """The model's tokenizer; for random weights in a folder without one, bytes."""
+    if spec.weights == "random" and _lacks_tokenizer(path):
+        return byte_tokenizer(AutoConfig.for_model(**config).get_text_config().vocab_size)
+    return _load_tokenizer(path, spec.revision)
+
+
+def _lacks_tokenizer(path: str) -> bool:
+    return Path(path).is_dir() and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
+def _what_is_made_up(path: str) -> str:
+    """`the weights beside config.json are not read; its tokens are bytes, since no tokenizer lies there`."""
+    lies_there = Path(path).is_dir() and any(Path(path).glob("*.safetensors"))
+    weights = "its trained weights are not read" if lies_there else "only its architecture is read"
+    return f"{weights}; its tokens are bytes, since it has no tokenizer" if _lacks_tokenizer(path) else weights
 
 
 def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:

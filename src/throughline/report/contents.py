@@ -114,6 +114,7 @@ def _describe_model(study: Study, name: str, layers: list[LayerQuality]) -> dict
     return {
         "name": name,
         "path": _public(spec.path),
+        "weights": spec.weights,
         "layers": [quality.layer for quality in layers],
         "d_model": layers[0].d_model if layers else None,
         "d_sae": sorted({quality.d_sae for quality in layers}),

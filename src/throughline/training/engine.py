@@ -1,35 +1,44 @@
-"""Train the dictionaries of all layers of a model from one stream of activations.
+"""Train the dictionaries of all layers of a model from one source of activations.
 
-    1. fill the shuffle buffer; measure mean and scale of each layer on it
-    2. for each batch: centre and scale -> loss of every layer -> Adam -> decoder rows back to unit norm
-    3. fold mean and scale into the weights
+    1. fill a chunk; measure mean and scale of each layer on the first one; initialise
+    2. every layer goes through the chunk in the same random order: centre and scale -> loss -> Adam -> unit decoder rows
+    3. a checkpoint between chunks; the next chunk
+    4. fold mean and scale into the weights
 
-Layers of the same shape and architecture form a stack and are computed together; nothing couples them.
+Layers of the same shape and architecture form a group; nothing couples them. On CPUs `compiled.py` trains what it can,
+`plain.py` the rest.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from throughline.dictionaries import Dictionary
-from throughline.dictionaries.stack import Stack, StepLoss
+from throughline.dictionaries.stack import Architecture, Stack
 from throughline.errors import TrainingError
 from throughline.registry import ARCHITECTURES
 from throughline.study import DictionarySpec, TrainingSpec
-from throughline.training.buffer import ShuffleBuffer
+from throughline.training import compiled
+from throughline.training.checkpoints import Checkpoint, Checkpoints
+from throughline.training.chunks import Chunk, Cursor, read_chunks
+from throughline.training.compiled import CompiledTrainer
+from throughline.training.group import Course, Group, NonFiniteLoss
+from throughline.training.plain import PlainTrainer
+from throughline.training.precision import trains_in_bfloat16
+from throughline.training.sources import ActivationSource
+from throughline.training.sparsity import SparsityController
 
-WARM_UP_SHARE = 0.05
-DECAY_FROM = 0.2  # of the run, then linear to 0
+LR_AT_256_TOKENS_512_FEATURES = 1.3e-2
 DEAD_AFTER_TOKENS = 10_000_000
-DEAD_AFTER_SHARE = 0.05  # of the run, whichever is less
+DEAD_AFTER_SHARE = 0.01  # of the run, whichever is less
 REPORT_SECONDS = 1.0
+SCALED_ON = 4096  # tokens on which the encoder's first length is found
 
 
 @dataclass(frozen=True)
@@ -48,90 +57,222 @@ class Progress:
     dead: list[float]
 
 
-class _Latest(NamedTuple):
-    """The latest batch of a stack: measured only when a report is due."""
+class Trainer(Protocol):
+    """What goes through a chunk: `plain.PlainTrainer` or `compiled.CompiledTrainer`."""
 
-    x_LND: Tensor
-    losses: StepLoss
-    dead_LF: Tensor
-
-    def measure(self) -> dict[str, Tensor]:
-        """Loss, L0, FVU and dead share of each layer, [L]."""
-        x_LND, (loss_L, x_hat_LND, fired_LF) = self.x_LND, self.losses
-        return {
-            "loss": loss_L,
-            "l0": fired_LF.sum(1) / x_LND.shape[1],
-            "fvu": (x_LND - x_hat_LND).square().sum((1, 2)) / x_LND.square().sum((1, 2)),
-            "dead": self.dead_LF.float().mean(1),
-        }
-
-
-@dataclass
-class _Group:
-    """Layers that share a stack, and what training remembers of them."""
-
-    columns: list[int]  # where these layers stand in the harvest
-    layers: list[int]
-    architecture: Any
-    options: dict[str, Any]
-    loss_options: dict[str, Any]
-    mean_LD: Tensor
-    scale_L: Tensor
-    stack: Stack
-    optimizer: torch.optim.Optimizer
-    idle_tokens_LF: Tensor
-    bfloat16: bool  # products in bfloat16; weights and moments stay float32
-    latest: "_Latest | None" = None
+    def train(self, chunk: Chunk, first_step: int, num_steps: int, tick: Callable[[float], None]) -> None:
+        """`num_steps` steps; `tick` hears how many are done."""
+        ...
 
 
 def train(
-    source: Iterator[Float[Tensor, "L N D"]],
+    source: ActivationSource,
     specs: dict[int, DictionarySpec],
     training: TrainingSpec,
     *,
     model: str,
     num_layers: int,
     report: Callable[[Progress], None] = lambda progress: None,
+    say: Callable[[str], None] = lambda line: None,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[int, Dictionary]:
-    """Dictionaries of the layers in `specs`, whose activations `source` yields in that order.
+    """Dictionaries of the layers in `specs`, whose activations `source` has in that order.
 
     `num_layers` is the model's depth (thirds of it choose the L1 coefficient). Stops when the source ends or the study's
-    tokens are used, whichever is first. Raises TrainingError if the source yields less than one batch, or activations or a
-    loss are not finite.
+    tokens are used, whichever is first. With `checkpoints`, goes on from the latest one if there is one.
+    Raises TrainingError if the source yields less than one batch, or activations or a loss are not finite.
     """
-    generator = torch.Generator().manual_seed(training.seed)
-    buffer = ShuffleBuffer(source, training.batch_tokens, generator)
-    first_LND = buffer.fill()
-    if first_LND.shape[1] < training.batch_tokens:
+    total = training.tokens * training.epochs
+    num_steps = max(1, total // training.batch_tokens)
+    found = checkpoints.load() if checkpoints else None
+    cursor, step = (found.cursor, found.step) if found else (Cursor(), 0)
+    chunks = read_chunks(source, training.batch_tokens, total, num_layers, training.seed, cursor)
+    chunk = next(chunks, None)
+    if chunk is None and found is None:
         raise TrainingError(
-            f"{model}: the text has {first_LND.shape[1]:,} tokens, less than one batch of {training.batch_tokens:,}; "
+            f"{model}: the text has less than one batch of {training.batch_tokens:,} tokens; "
             "set training.batch_tokens lower or give more text"
         )
-    _check_finite(first_LND, list(specs), model)
-    groups = _make_groups(first_LND, specs, training, num_layers)
-    num_steps = max(1, training.tokens * training.epochs // training.batch_tokens)
-    done = _descend(iter(buffer), groups, training, num_steps, model, report)
-    return {layer: d for group in groups for layer, d in _fold(group, model, done, training).items()}
+    if chunk is not None:
+        _check_finite(chunk.x_LCD, list(specs), model)
+    device = "cpu" if chunk is None else str(chunk.x_LCD.device)
+    groups = _restore(found, specs, training, device) if found else _make_groups(chunk, specs, training, num_layers)
+    if found:
+        say(f"{model}: going on from step {step:,} of {num_steps:,}")
+    bfloat16 = trains_in_bfloat16(training.precision, device)
+    dead_after = min(DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE * num_steps * training.batch_tokens)
+    course = Course(num_steps, training.batch_tokens, training.seed, dead_after, bfloat16)
+    trainers = _make_trainers(groups, course, device, say)
+    reporter = _Reporter(groups, training, model, num_steps, step, report)
+    while chunk is not None and step < num_steps:
+        steps = min(len(chunk.order_C) // training.batch_tokens, num_steps - step)
+        reporter.begin(step, len(trainers))
+        for trainer in trainers:
+            try:
+                trainer.train(chunk, step, steps, reporter.tick)
+            except NonFiniteLoss as error:
+                raise TrainingError(
+                    f"{model} layer {error.layer}: the loss is {error.loss} at step {error.step}; "
+                    f"lower training.lr (now {training.lr}) if the activations are finite"
+                ) from error
+            reporter.trained(steps)
+        step += steps
+        following = chunk.following
+        if checkpoints and checkpoints.is_due() and step < num_steps:
+            checkpoints.save(step, following, _tensors(groups))
+        chunk = next(chunks, None) if step < num_steps else None
+    reporter.finish(step)
+    for group in groups:
+        group.moments = {}  # the dictionaries need the memory now
+    return {layer: d for group in groups for layer, d in _fold(group, model, step, training).items()}
 
 
 def learning_rate(training: TrainingSpec, d_sae: int) -> float:
     """The study's learning rate, or one that suits this batch and width.
 
-    `auto`: 8e-3 for batches of 256 tokens and 512 features, with the square root of the batch, and the inverse square
-    root of the width as sparsify and dictionary_learning have it.
+    `auto`: 1.3e-2 for batches of 256 tokens and up to 512 features, with the square root of the batch, and for more features
+    the inverse square root of their number as sparsify and dictionary_learning have it.
     """
     if training.lr != "auto":
         return training.lr
-    return 8e-3 * math.sqrt(min(training.batch_tokens, 4096) / 256) * math.sqrt(512 / d_sae)
+    return LR_AT_256_TOKENS_512_FEATURES * math.sqrt(min(training.batch_tokens, 4096) / 256 * 512 / max(d_sae, 512))
 
 
-def schedule(step: int, num_steps: int) -> float:
-    """Learning-rate factor: linear warm-up over 5 % of the run, then 1, then linear to 0 from 20 % on."""
-    done = (step + 0.5) / num_steps
-    return min(1.0, done / WARM_UP_SHARE) * min(1.0, max(0.0, (1 - done) / (1 - DECAY_FROM)))
+# ---- groups
 
 
-def _check_finite(x_LND: Tensor, layers: list[int], model: str) -> None:
+def _make_groups(
+    chunk: Chunk | None, specs: dict[int, DictionarySpec], training: TrainingSpec, num_layers: int
+) -> list[Group]:
+    """Layers by shape, initialised from the first chunk."""
+    assert chunk is not None
+    first_LND, groups = chunk.x_LCD, []
+    mean_LD = first_LND.mean(1, dtype=torch.float32)
+    scale_L = torch.stack([_scale_of(x_ND, mean_D) for x_ND, mean_D in zip(first_LND, mean_LD, strict=True)])
+    for (name, d_sae, k), layers in _by_shape(specs, first_LND.shape[2]).items():
+        columns = [list(specs).index(layer) for layer in layers]
+        architecture = ARCHITECTURES.load(name)
+        some = chunk.order_C[:SCALED_ON].to(first_LND.device)
+        some_LND = torch.stack([first_LND[column, some] for column in columns]).float()
+        x_LND = (some_LND - mean_LD[columns][:, None]) * scale_L[columns][:, None, None]
+        generators = [torch.Generator().manual_seed(training.seed * 1009 + layer) for layer in layers]
+        stack = Stack.initialize(x_LND, d_sae, generators, architecture)
+        controller = _control(architecture, {layer: specs[layer] for layer in layers}, num_layers, x_LND)
+        _scale_encoder_(stack, architecture, x_LND, k, controller)
+        idle = torch.zeros(len(layers), d_sae, dtype=torch.int64, device=x_LND.device)
+        groups.append(
+            Group(
+                **_described(name, d_sae, k, columns, layers, training),
+                mean_LD=mean_LD[columns],
+                scale_L=scale_L[columns],
+                stack=stack,
+                controller=controller,
+                idle_tokens_LF=idle,
+            )
+        )
+    return groups
+
+
+def _described(
+    name: str, d_sae: int, k: int | None, columns: list[int], layers: list[int], training: TrainingSpec
+) -> dict:
+    """What of a group follows from the study alone."""
+    architecture = ARCHITECTURES.load(name)
+    return {
+        "columns": columns,
+        "layers": layers,
+        "architecture": architecture,
+        "options": architecture.options(k=k),
+        "k": k,
+        "learning_rate": learning_rate(training, d_sae),
+        "starved_after": (architecture.starved_after or math.inf) * d_sae / (k or d_sae),
+    }
+
+
+def _by_shape(specs: dict[int, DictionarySpec], d_model: int) -> dict[tuple[str, int, int | None], list[int]]:
+    """Layers by architecture, number of features and k; k is None where a penalty decides how many are active."""
+    by_shape: dict[tuple[str, int, int | None], list[int]] = {}
+    for layer, spec in specs.items():
+        d_sae = spec.width(d_model)
+        has_penalty = ARCHITECTURES.load(spec.architecture).first_penalty(1.0, d_model) is not None
+        k = None if has_penalty or spec.l0 is None else min(round(spec.l0), d_sae)
+        by_shape.setdefault((spec.architecture, d_sae, k), []).append(layer)
+    return by_shape
+
+
+def _scale_of(x_ND: Tensor, mean_D: Tensor) -> Tensor:
+    """What brings the mean norm of centred activations to sqrt(D); piece by piece, since a chunk may fill the memory."""
+    norms = torch.cat([(piece.float() - mean_D).norm(dim=1) for piece in x_ND.split(SCALED_ON)])
+    return math.sqrt(x_ND.shape[1]) / norms.mean()
+
+
+def _control(
+    architecture: type[Architecture], specs: dict[int, DictionarySpec], num_layers: int, x_LND: Tensor
+) -> SparsityController:
+    """First penalty of each layer and, where the architecture has one, the L0 that it is to bring about."""
+    first, target = [], []
+    for layer, spec in specs.items():
+        penalty = architecture.first_penalty(spec.l1_at(layer, num_layers), x_LND.shape[2])
+        first.append(penalty or 0.0)
+        target.append(math.nan if penalty is None or spec.l0 is None else spec.l0)
+    return SparsityController.start(*(torch.tensor(v, device=x_LND.device) for v in (first, target)))
+
+
+@torch.no_grad()
+def _scale_encoder_(
+    stack: Stack, architecture: type[Architecture], x_LND: Tensor, k: int | None, controller: SparsityController
+) -> None:
+    """Start from the encoder length with the least error: unit rows overshoot when many of them see the same direction.
+
+    Activations are positively homogeneous and biases are still zero, so c * W_enc gives c * x_hat, and the best
+    c = <x, x_hat> / <x_hat, x_hat>.
+    """
+    for index in range(len(x_LND)):
+        one, x_ND = stack.single(index), x_LND[index : index + 1]
+        nothing_dead = torch.zeros_like(one.b_enc_LF, dtype=torch.bool)
+        penalty = controller.single(index).penalty_L
+        x_hat_ND = architecture.loss(one, x_ND, nothing_dead, 0.0, k=k, penalty_L=penalty).x_hat_LND
+        c = (x_ND * x_hat_ND).sum() / x_hat_ND.square().sum().clamp_min(1e-12)
+        one.W_enc_LFD.mul_(c.clamp(0.01, 1.0))
+
+
+def _restore(found: Checkpoint, specs: dict[int, DictionarySpec], training: TrainingSpec, device: str) -> list[Group]:
+    """The groups of a checkpoint."""
+    d_model = found.tensors["0/mean"].shape[1]
+    groups = []
+    for number, ((name, d_sae, k), layers) in enumerate(_by_shape(specs, d_model).items()):
+        t = {n.partition("/")[2]: v.to(device) for n, v in found.tensors.items() if n.startswith(f"{number}/")}
+        architecture = ARCHITECTURES.load(name)
+        fresh = architecture.extra((len(layers), d_sae, d_model))
+        extra = {n: t[n].requires_grad_(tensor.requires_grad) for n, tensor in fresh.items()}
+        four = (t[n].requires_grad_() for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
+        stack = Stack(*four, extra_LF=extra)
+        groups.append(
+            Group(
+                **_described(name, d_sae, k, [list(specs).index(layer) for layer in layers], layers, training),
+                mean_LD=t["mean"],
+                scale_L=t["scale"],
+                stack=stack,
+                controller=SparsityController(t["target_l0"], t["penalty"], t["log_l0"]),
+                idle_tokens_LF=t["idle"],
+                moments={n: (t[f"{n}.m"], t[f"{n}.v"]) for n in stack.trained()},
+            )
+        )
+    return groups
+
+
+def _tensors(groups: Sequence[Group]) -> dict[str, Tensor]:
+    return {f"{number}/{n}": t for number, group in enumerate(groups) for n, t in group.tensors().items()}
+
+
+def _make_trainers(groups: Sequence[Group], course: Course, device: str, say: Callable[[str], None]) -> list[Trainer]:
+    """One trainer for all groups that have compiled kernels, on a CPU; one for each of the others."""
+    fast = [g for g in groups if device == "cpu" and g.architecture.name in compiled.ARCHITECTURES]
+    trainers: list[Trainer] = [PlainTrainer(group, course, say) for group in groups if group not in fast]
+    return ([CompiledTrainer(fast, course, torch.get_num_threads())] if fast else []) + trainers
+
+
+def _check_finite(x_LND: Float[Tensor, "L N D"], layers: list[int], model: str) -> None:
     for layer, x_ND in zip(layers, x_LND, strict=True):
         if not x_ND.isfinite().all():
             raise TrainingError(
@@ -139,141 +280,78 @@ def _check_finite(x_LND: Tensor, layers: list[int], model: str) -> None:
             )
 
 
-def _make_groups(
-    first_LND: Tensor, specs: dict[int, DictionarySpec], training: TrainingSpec, num_layers: int
-) -> list[_Group]:
-    mean_LD = first_LND.mean(1)
-    scale_L = math.sqrt(first_LND.shape[2]) / (first_LND - mean_LD[:, None]).norm(dim=2).mean(1)
-    by_shape: dict[tuple, list[int]] = {}
-    for layer, spec in specs.items():
-        d_sae = spec.width(first_LND.shape[2])
-        k = min(spec.k, d_sae) if spec.architecture == "topk" else None
-        by_shape.setdefault((spec.architecture, d_sae, k), []).append(layer)
-    order, groups = list(specs), []
-    for (name, d_sae, k), layers in by_shape.items():
-        columns = [order.index(layer) for layer in layers]
-        architecture = ARCHITECTURES.load(name)
-        x_LND = (first_LND[columns] - mean_LD[columns][:, None]) * scale_L[columns][:, None, None]
-        generators = [torch.Generator().manual_seed(training.seed * 1009 + layer) for layer in layers]
-        stack = Stack.initialize(x_LND, d_sae, generators)
-        l1_L = torch.tensor([specs[layer].l1_at(layer, num_layers) for layer in layers], device=x_LND.device)
-        loss_options = {"k": k, "l1_L": l1_L}
-        _scale_encoder_(stack, architecture, x_LND[:, : training.batch_tokens], loss_options)
-        optimizer = torch.optim.Adam(stack.parameters(), lr=learning_rate(training, d_sae), fused=True)
-        idle = torch.zeros(len(layers), d_sae, dtype=torch.int64, device=x_LND.device)
-        groups.append(
-            _Group(
-                columns,
-                layers,
-                architecture,
-                options=architecture.options(k=k),
-                loss_options=loss_options,
-                mean_LD=mean_LD[columns],
-                scale_L=scale_L[columns],
-                stack=stack,
-                optimizer=optimizer,
-                idle_tokens_LF=idle,
-                bfloat16=training.precision == "bfloat16",
-            )
-        )
-    return groups
-
-
-@torch.no_grad()
-def _scale_encoder_(stack: Stack, architecture: Any, x_LND: Tensor, loss_options: dict[str, Any]) -> None:
-    """Start from the encoder length with the least error: unit rows overshoot when many of them see the same direction.
-
-    Activations are positively homogeneous and biases are still zero, so c * W_enc gives c * x_hat, and the best
-    c = <x, x_hat> / <x_hat, x_hat>.
-    """
-    nothing_dead = torch.zeros_like(stack.b_enc_LF, dtype=torch.bool)
-    x_hat_LND = architecture.loss(stack, x_LND, dead_LF=nothing_dead, progress=0.0, **loss_options).x_hat_LND
-    c_L = (x_LND * x_hat_LND).sum((1, 2)) / x_hat_LND.square().sum((1, 2)).clamp_min(1e-12)
-    stack.W_enc_LDF.mul_(c_L.clamp(0.01, 1.0)[:, None, None])
-
-
-def _descend(
-    batches: Iterator[Tensor],
-    groups: list[_Group],
-    training: TrainingSpec,
-    num_steps: int,
-    model: str,
-    report: Callable[[Progress], None],
-) -> int:
-    """Train until `num_steps` or the batches' end; how many steps that were."""
-    dead_after = min(DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE * num_steps * training.batch_tokens)
-    started = reported = time.perf_counter()
-    step = 0
-    for batch_LND in islice(batches, num_steps):
-        for group in groups:
-            mine_LND = batch_LND if len(group.columns) == len(batch_LND) else batch_LND[group.columns]
-            _step(group, mine_LND, schedule(step, num_steps), step / num_steps, dead_after)
-        step += 1
-        now = time.perf_counter()
-        if now - reported >= REPORT_SECONDS and step < num_steps:
-            report(_progress(groups, model, step, num_steps, training, now - started))
-            reported = now
-    report(_progress(groups, model, step, num_steps, training, time.perf_counter() - started))
-    return step
-
-
-def _step(group: _Group, batch_LND: Tensor, lr_factor: float, progress: float, dead_after: float) -> None:
-    """One optimizer step of one stack."""
-    x_LND = (batch_LND - group.mean_LD[:, None]) * group.scale_L[:, None, None]
-    dead_LF = group.idle_tokens_LF >= dead_after
-    with torch.autocast(x_LND.device.type, torch.bfloat16, enabled=group.bfloat16):
-        losses = group.architecture.loss(group.stack, x_LND, dead_LF=dead_LF, progress=progress, **group.loss_options)
-    losses.loss_L.sum().backward()
-    group.stack.remove_parallel_gradient_()
-    for parameter_group in group.optimizer.param_groups:
-        parameter_group["lr"] = lr_factor * parameter_group.setdefault("full_lr", parameter_group["lr"])
-    group.optimizer.step()
-    group.optimizer.zero_grad()
-    group.stack.normalize_()
-    with torch.no_grad():
-        group.idle_tokens_LF += x_LND.shape[1]
-        group.idle_tokens_LF[losses.fired_LF > 0] = 0
-        detached = StepLoss(losses.loss_L.detach(), losses.x_hat_LND.detach(), losses.fired_LF)
-        group.latest = _Latest(x_LND, detached, dead_LF)
-
-
-def _progress(
-    groups: list[_Group], model: str, step: int, num_steps: int, training: TrainingSpec, seconds: float
-) -> Progress:
-    rate = step * training.batch_tokens / seconds
-    rows: dict[int, dict[str, float]] = {}
-    for group in groups:
-        assert group.latest is not None
-        measured = group.latest.measure()
-        rows |= {layer: {name: float(v[i]) for name, v in measured.items()} for i, layer in enumerate(group.layers)}
-    for layer, row in rows.items():
-        if not math.isfinite(row["loss"]):
-            raise TrainingError(
-                f"{model} layer {layer}: the loss is {row['loss']} at step {step}; "
-                f"lower training.lr (now {training.lr}) if the activations are finite"
-            )
-    layers = sorted(rows)
-    return Progress(
-        model=model,
-        layers=layers,
-        step=step,
-        num_steps=num_steps,
-        tokens_per_second=rate,
-        eta_seconds=(num_steps - step) * training.batch_tokens / rate,
-        **{name: [rows[layer][name] for layer in layers] for name in ("loss", "l0", "fvu", "dead")},
-    )
-
-
-def _fold(group: _Group, model: str, steps: int, training: TrainingSpec) -> dict[int, Dictionary]:
+def _fold(group: Group, model: str, steps: int, training: TrainingSpec) -> dict[int, Dictionary]:
     folded = {}
     for i, layer in enumerate(group.layers):
         metadata = {"model_name": model, "layer": layer, "training_tokens": steps * training.batch_tokens}
         folded[layer] = group.stack.fold(
             i,
-            group.architecture.name,
+            group.architecture,
             group.mean_LD[i],
             float(group.scale_L[i]),
             group.options,
-            metadata | {"seed": training.seed},
+            metadata | {"seed": training.seed, "training_architecture": group.architecture.name},
         )
     return folded
+
+
+# ---- progress
+
+
+class _Reporter:
+    """Says once a second where training is; checks then that losses are finite."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        training: TrainingSpec,
+        model: str,
+        num_steps: int,
+        first_step: int,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._groups, self._training, self._model, self._num_steps = groups, training, model, num_steps
+        self._report, self._first_step = report, first_step
+        self._started = self._reported = time.perf_counter()
+        self._base, self._done, self._share = 0.0, 0.0, 1.0
+
+    def begin(self, step: int, num_trainers: int) -> None:
+        """A chunk begins at `step`; `num_trainers` go through it, one after another."""
+        self._base, self._done, self._share = step, 0.0, 1 / max(1, num_trainers)
+
+    def trained(self, steps: int) -> None:
+        """A trainer is through."""
+        self._done += steps * self._share
+
+    def tick(self, steps: float) -> None:
+        """The trainer at work has done so many steps."""
+        now = time.perf_counter()
+        if now - self._reported >= REPORT_SECONDS:
+            self._say(int(self._base + self._done + steps * self._share), now)
+
+    def finish(self, step: int) -> None:
+        """The last word, after `step` steps."""
+        self._say(step, time.perf_counter())
+
+    def _say(self, step: int, now: float) -> None:
+        self._reported = now
+        rows: dict[int, dict[str, float]] = {}
+        for group in self._groups:
+            measured = {name: tensor.tolist() for name, tensor in asdict(group.latest).items()}
+            rows |= {layer: {name: v[i] for name, v in measured.items()} for i, layer in enumerate(group.layers)}
+        if any(math.isnan(row["loss"]) for row in rows.values()):
+            return  # some layer has not begun
+        tokens, seconds = (step - self._first_step) * self._training.batch_tokens, now - self._started
+        rate = max(tokens, 1) / max(seconds, 1e-9)
+        layers = sorted(rows)
+        self._report(
+            Progress(
+                model=self._model,
+                layers=layers,
+                step=step,
+                num_steps=self._num_steps,
+                tokens_per_second=rate,
+                eta_seconds=(self._num_steps - step) * self._training.batch_tokens / rate,
+                **{name: [rows[layer][name] for layer in layers] for name in ("loss", "l0", "fvu", "dead")},
+            )
+        )

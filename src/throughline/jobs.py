@@ -1,0 +1,222 @@
+"""One job of training: consecutive layers of one model, from the study's text to dictionaries in the run folder.
+
+1. split the model's pending layers into blocks whose training state fits into memory
+2. for each block: open the text as activations (kept on disk if they are read again and that is cheaper)
+3. train, from the latest checkpoint if there is one
+4. save every layer's dictionary and note it as done
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from throughline.dictionaries import save_dictionary
+from throughline.errors import InputError
+from throughline.harvesting import TextSource
+from throughline.registry import ARCHITECTURES
+from throughline.run_dir import digest_key
+from throughline.session import Session
+from throughline.study import ModelSpec, TrainingSpec
+from throughline.text import measure_text, read_documents
+from throughline.tokens import TokenRows, stream_rows
+from throughline.training import Progress, compiled, train
+from throughline.training.caching import CachedSource
+from throughline.training.checkpoints import Checkpoints
+from throughline.training.chunks import chunk_tokens
+from throughline.training.memory import bytes_of_layer, free_bytes, split_blocks
+from throughline.training.precision import harvests_in_bfloat16
+from throughline.training.sources import ActivationSource
+
+HARVEST_TOKENS = 2048  # a forward pass: small enough for the cache of a processor
+HARVEST_TOKENS_ON_GPU = 16_384
+PROBE_TOKENS = 16
+MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
+DISK_BYTES_PER_SECOND = 5e8  # written once and read: what a cache costs, cautiously
+NOT_IN_KEYS = {"checkpoint_minutes", "activation_cache"}  # they change when and where, not what
+Report = Callable[[Progress], None]
+
+
+def train_steps(session: Session, spec: ModelSpec) -> dict[int, tuple[str, str]]:
+    """Step and key of each wanted layer's dictionary. The key of an imported one is its import's."""
+    study, imported = session.study, session.run.imported(spec.name)
+    dictionary, training = study.dictionary_for(spec), study.training.model_dump(exclude=NOT_IN_KEYS)
+    model = spec.model_dump(exclude={"layers", "dictionary"})
+
+    def key_of(layer: int) -> str:
+        return digest_key(
+            model, study.data.model_dump(), dictionary.at_layer(layer).model_dump(exclude={"per_layer"}), training
+        )
+
+    return {
+        layer: (f"train/{spec.name}/{layer}", imported.get(layer) or key_of(layer)) for layer in session.layers(spec)
+    }
+
+
+def train_layers(session: Session, spec: ModelSpec, layers: list[int], report: Report) -> None:
+    """Dictionaries of these layers of one model, saved in the run, block by block if they do not fit into memory together."""
+    study = session.study
+    num_tokens = _tokens_of_an_epoch(session, spec.name)
+    if not num_tokens:
+        raise InputError(f"{study.data.path} gave no tokens to train on")
+    training = study.training.model_copy(update={"tokens": num_tokens})
+    ignored = sorted({name for layer in layers for name in study.dictionary_for(spec).at_layer(layer).ignored})
+    if ignored:
+        session.say(f"{spec.name}: dictionary.{' and '.join(ignored)} is not read by this architecture")
+    blocks = _blocks(session, spec, layers, training)
+    if len(blocks) > 1:
+        spans = ", ".join(f"{block[0]}-{block[-1]}" for block in blocks)
+        session.say(f"{spec.name}: {len(layers)} layers do not fit into memory at once; trained in blocks {spans}")
+    for block in blocks:
+        _train_block(session, spec, block, training, len(blocks), report)
+
+
+def _train_block(
+    session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, num_blocks: int, report: Report
+) -> None:
+    run, study, model = session.run, session.study, session.model(spec.name)
+    specs = {layer: study.dictionary_for(spec).at_layer(layer) for layer in layers}
+    steps = train_steps(session, spec)
+    folder = run.checkpoint_folder(spec.name)
+    key = digest_key(*(steps[layer][1] for layer in layers))
+    checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say)
+    with run.steps(dict(steps[layer] for layer in layers)) as files:
+        source = _activations(session, spec, layers, training, num_blocks)
+        probe = next(source.batches(), torch.empty(len(layers), 0, model.d_model))[:, :PROBE_TOKENS].clone()
+        dictionaries = train(
+            source,
+            specs,
+            training,
+            model=spec.name,
+            num_layers=model.num_layers,
+            report=partial(_keep_progress, session, report),
+            say=session.say,
+            checkpoints=checkpoints,
+        )
+        for column, layer in enumerate(layers):
+            dictionary = dictionaries[layer]
+            dictionary.metadata.update(place_of(session, spec, layer) | _training_facts(session, spec))
+            names = save_dictionary(dictionary, run.layer_folder(spec.name, layer), probe[column])
+            files[steps[layer][0]] += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
+    shutil.rmtree(folder, ignore_errors=True)  # the checkpoint, and activations that were kept
+
+
+def _blocks(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec) -> list[list[int]]:
+    """The layers in blocks that fit into the memory that is free."""
+    model, study = session.model(spec.name), session.study
+    total = training.tokens * training.epochs
+    tokens = chunk_tokens(model.d_model, training.batch_tokens, total, model.num_layers)
+    sizes = []
+    for layer in layers:
+        wanted = study.dictionary_for(spec).at_layer(layer)
+        fast = session.device == "cpu" and ARCHITECTURES.load(wanted.architecture).name in compiled.ARCHITECTURES
+        width = wanted.width(model.d_model)
+        sizes.append(bytes_of_layer(model.d_model, width, tokens, training.batch_tokens, not fast))
+    return split_blocks(layers, sizes, free_bytes(session.device))
+
+
+# ---- activations
+
+
+def _activations(
+    session: Session, spec: ModelSpec, layers: Sequence[int], training: TrainingSpec, num_blocks: int
+) -> ActivationSource:
+    """The study's text as these layers' activations; kept on disk where they are read again and that is cheaper."""
+    model, wanted = session.model(spec.name), training.activation_cache
+    if harvests_in_bfloat16(training.precision, session.device, model.d_model):
+        model = model.in_dtype(torch.bfloat16)
+    rows = partial(_open_rows, session, spec.name)
+    text = partial(TextSource, model, layers, rows, num_tokens=training.tokens)
+    bytes_on_disk = 4 * training.tokens * len(layers) * model.d_model
+    folder = session.run.checkpoint_folder(spec.name) / f"activations_{layers[0]:02d}"
+    if wanted == "off" or training.epochs == 1:
+        return text(epochs=training.epochs)
+    if wanted == "auto" and not _cache_is_cheaper(session, text(), bytes_on_disk, training):
+        return text(epochs=training.epochs)
+    return CachedSource(
+        text(),
+        folder,
+        num_tokens=training.tokens,
+        epochs=training.epochs,
+        key=digest_key(*(train_steps(session, spec)[layer][1] for layer in layers)),
+        device=session.device,
+        say=session.say,
+    )
+
+
+def _cache_is_cheaper(session: Session, text: TextSource, bytes_on_disk: int, training: TrainingSpec) -> bool:
+    """True if reading activations from disk takes less time than computing them, and they take no more than half of its room.
+
+    A look at the first batch decides; either way gives the same activations.
+    """
+    if 2 * bytes_on_disk > shutil.disk_usage(session.run.root).free:
+        return False
+    batches = text.batches()
+    next(batches, None)
+    started = time.perf_counter()
+    second = next(batches, None)
+    if second is None:
+        return False
+    passes = training.epochs - 1
+    computing = passes * (time.perf_counter() - started) * training.tokens / max(1, second.shape[1])
+    return (1 + passes) * bytes_on_disk / DISK_BYTES_PER_SECOND < computing
+
+
+def _open_rows(session: Session, name: str) -> Iterable[TokenRows]:
+    """The training text as a model's tokens, a forward pass at a time."""
+    study, model, context = session.study, session.model(name), session.context(name)
+    tokens = HARVEST_TOKENS if model.device.type == "cpu" else HARVEST_TOKENS_ON_GPU
+    documents = read_documents(study.data, "train", study.training.seed)
+    return stream_rows(documents, model.tokenizer, context, max(1, tokens // context), study.data.keep_special_tokens)
+
+
+def _tokens_of_an_epoch(session: Session, name: str) -> int:
+    """The study's tokens, or as many as its text has: the learning rate has to know when training ends."""
+    wanted = session.study.training.tokens
+    size = measure_text(session.study.data)
+    if size is None or size > MOST_BYTES_PER_TOKEN * wanted:
+        return wanted
+    count = 0
+    for rows in _open_rows(session, name):
+        count += rows.num_tokens
+        if count >= wanted:
+            return wanted
+    session.say(f"{name}: the text has {count:,} tokens to train on, less than the {wanted:,} asked for")
+    return count
+
+
+# ---- what is kept of it
+
+
+def _keep_progress(session: Session, report: Report, progress: Progress) -> None:
+    """Report a training's progress, and keep the latest of each model for `throughline status`."""
+    session.run.note_progress(**asdict(progress), at=time.time())
+    report(progress)
+
+
+def place_of(session: Session, spec: ModelSpec, layer: int) -> dict[str, Any]:
+    """Where a dictionary belongs, in SAELens' words."""
+    path = session.model(spec.name).module_path(layer)
+    return {
+        "model_name": spec.path if spec.weights == "trained" and not spec.path.startswith("/") else spec.name,
+        "model_class_name": "AutoModelForCausalLM",
+        "hook_name": path,
+        "hf_hook_name": path,
+        "hook_head_index": None,
+        "layer": layer,
+    }
+
+
+def _training_facts(session: Session, spec: ModelSpec) -> dict[str, Any]:
+    """What it was trained on, in SAELens' words."""
+    data = session.study.data
+    return {
+        "context_size": session.context(spec.name),
+        "dataset_path": data.path if not data.path.startswith("/") else data.path.rpartition("/")[2],
+        "prepend_bos": session.model(spec.name).tokenizer.bos_token_id is not None,
+        "exclude_special_tokens": not data.keep_special_tokens,
+    }

@@ -1,0 +1,611 @@
+"""One layer's training step on sparse codes, compiled for CPUs: what `compiled.py` calls, and nothing else.
+
+A batch of N tokens has *codes*: for row r the active features `features[starts[r] : starts[r] + counts[r]]`, ascending, and
+their `values`. Every product but the encoder's reads active features alone, and each feature's gradient is gathered,
+used by Adam and forgotten row by row, so that no gradient of the size of the weights is ever written:
+
+    1. `gather`       the batch's tokens, centred and scaled
+       (the encoder's product is torch's, in bfloat16 or float32)
+    2. `select_*`     codes from pre-activations
+    3. `decode`       x_hat, the error's gradient G = dL/dx_hat, and dL/dvalue of every active feature
+    4. `transpose`    codes by feature
+    5. `update`       for each feature: gradients of its two rows, Adam, unit norm of the decoder's row
+
+All functions release the interpreter's lock and use one thread; layers run beside each other. Sums are in a fixed order,
+so results depend on neither threads nor timing. NaN and infinity keep their meaning.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+# reassociation lets sums be vectorised; NaN and infinity are left alone, since training must notice them
+FAST = {"reassoc", "contract", "nsz"}
+MOST_GUESSES = 48
+
+
+def _load(row: Any, out_bits: Any, out: Any) -> None:
+    """Copy a row of float32, or of bfloat16 given as int16, to float32. `out_bits` is `out` seen as int32."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_load, inline="always")
+def _load_compiled(row: Any, out_bits: Any, out: Any) -> Any:
+    if row.dtype == types.int16:
+
+        def load_bfloat16(row: Any, out_bits: Any, out: Any) -> None:
+            for i in range(len(row)):
+                out_bits[i] = np.int32(row[i]) << 16
+
+        return load_bfloat16
+
+    def load_float32(row: Any, out_bits: Any, out: Any) -> None:
+        for i in range(len(row)):
+            out[i] = row[i]
+
+    return load_float32
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+def _round_to_bfloat16(bits_in: Any, out: Any) -> None:
+    """Nearest bfloat16, ties to even, of float32 numbers; both as integers."""
+    for i in range(len(bits_in)):
+        bits = bits_in[i]
+        out[i] = (bits + np.int32(0x7FFF) + ((bits >> 16) & np.int32(1))) >> 16
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def gather(chunk_CD: Any, order_N: Any, mean_D: Any, scale: Any, x_ND: Any, x_bits_ND: Any, rounded_ND: Any) -> None:
+    """x = scale * (chunk[order] - mean), and the same as bfloat16. `x_bits_ND` is `x_ND` seen as int32."""
+    for n in range(len(order_N)):
+        x_D = x_ND[n]
+        _load(chunk_CD[order_N[n]], x_bits_ND[n], x_D)
+        for d in range(len(x_D)):
+            x_D[d] = scale * (x_D[d] - mean_D[d])
+        _round_to_bfloat16(x_bits_ND[n], rounded_ND[n])
+
+
+# ---- codes
+
+
+@intrinsic
+def _trailing_zeros(_context: Any, word: Any) -> Any:
+    """How many low bits of an integer other than 0 are 0."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return word(word), generate
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+def _indices_above(row_F: Any, limit: Any, flag_F: Any, words: Any, index_F: Any) -> int:
+    """Where a row is above `limit`, ascending; how many that are. `words` is `flag_F` seen as uint64, padded with 0."""
+    for f in range(len(row_F)):
+        flag_F[f] = row_F[f] > limit
+    num = 0
+    for w in range(len(words)):
+        word = words[w]
+        while word != 0:
+            index_F[num] = 8 * w + (_trailing_zeros(word) >> 3)  # pyright: ignore[reportCallIssue]
+            num += 1
+            word &= word - np.uint64(1)  # the flag is one bit of its byte
+    return num
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+def _count_above(row_F: Any, limit: Any) -> int:
+    count = np.float32(0)  # exact below 2**24, and as wide as what is compared
+    for f in range(len(row_F)):
+        count += np.float32(1) if row_F[f] > limit else np.float32(0)
+    return int(count)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _top_of_row(
+    row_F: Any, k: int, guess: Any, flag_F: Any, words: Any, index_F: Any, value_F: Any, features_K: Any, values_K: Any
+) -> Any:
+    """The k largest positive entries of a row, by ascending feature; how many there are, and a guess for the next row.
+
+    A limit is moved until at least k and not many more entries lie above it; the surplus is then taken away smallest
+    first (the later feature first among equals). The result does not depend on `guess`, only the time does.
+    """
+    zero, infinity = np.float32(0), np.float32(np.inf)
+    enough = k + max(k // 4, 4)
+    low, high, limit = zero, infinity, guess
+    if not (limit > zero and limit < infinity):
+        limit = np.float32(1e-3)
+    for attempt in range(MOST_GUESSES):
+        count = _count_above(row_F, limit)
+        if count >= k:
+            low = limit
+            if count <= enough:
+                break
+            step = limit * np.float32(1.25) if high == infinity else np.float32(0.5) * (limit + high)
+        else:
+            if limit == zero:
+                break
+            high = limit
+            if low > zero:
+                step = np.float32(0.5) * (low + limit)
+            else:
+                step = limit * np.float32(0.75) if attempt < 8 else zero
+        if step >= high or (step == low and low > zero):  # equal entries lie between
+            break
+        limit = step
+    limit = low  # at least k lie above it, or it is 0
+    num = _indices_above(row_F, limit, flag_F, words, index_F)
+    for i in range(num):
+        value_F[i] = row_F[index_F[i]]
+    surplus = num - k
+    while surplus > 0:
+        least = value_F[0]
+        for i in range(1, num):
+            least = value_F[i] if value_F[i] < least else least
+        for back in range(num):
+            i = num - 1 - back
+            if surplus > 0 and value_F[i] == least:
+                value_F[i] = infinity
+                surplus -= 1
+    kept, least = 0, infinity
+    for i in range(num):
+        value = value_F[i]
+        if value < infinity and kept < k:
+            features_K[kept], values_K[kept] = index_F[i], value
+            least = value if value < least else least
+            kept += 1
+    return kept, (least * np.float32(0.95) if kept == k else guess)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def select_topk(
+    pre_NF: Any, b_enc_F: Any, k: int, guess: Any, starts_R: Any, counts_R: Any, features_A: Any, values_A: Any
+) -> Any:
+    """Codes of the k largest positive pre-activations of each token; returns a guess for the next batch."""
+    num_features = len(b_enc_F)
+    row_F = np.empty(num_features, np.float32)
+    bits_F, value_F = row_F.view(np.int32), np.empty(num_features + 1, np.float32)
+    index_F = np.empty(num_features + 1, np.int32)
+    words = np.zeros((num_features + 7) // 8, np.uint64)
+    flag_F = words.view(np.uint8)
+    for n in range(len(pre_NF)):
+        _load(pre_NF[n], bits_F, row_F)
+        for f in range(num_features):
+            row_F[f] += b_enc_F[f]
+        start = n * k
+        starts_R[n] = start
+        counts_R[n], guess = _top_of_row(
+            row_F, k, guess, flag_F, words, index_F, value_F, features_A[start : start + k], values_A[start : start + k]
+        )
+    return guess
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def select_dead(
+    pre_NF: Any,
+    b_enc_F: Any,
+    dead_U: Any,
+    k_aux: int,
+    start: int,
+    starts_N: Any,
+    counts_N: Any,
+    features_A: Any,
+    values_A: Any,
+) -> int:
+    """AuxK: the k_aux largest positive pre-activations of each token among the dead features `dead_U`.
+
+    Codes are written from `start` on; returns where they end.
+    """
+    num_features, num_dead = len(b_enc_F), len(dead_U)
+    row_F = np.empty(num_features, np.float32)
+    bits_F = row_F.view(np.int32)
+    row_U, value_U = np.empty(num_dead, np.float32), np.empty(num_dead + 1, np.float32)
+    index_U = np.empty(num_dead + 1, np.int32)
+    words = np.zeros((num_dead + 7) // 8, np.uint64)
+    flag_U = words.view(np.uint8)
+    chosen_K = np.empty(k_aux, np.int32)
+    guess = np.float32(0)
+    for n in range(len(pre_NF)):
+        _load(pre_NF[n], bits_F, row_F)
+        for u in range(num_dead):
+            row_U[u] = row_F[dead_U[u]] + b_enc_F[dead_U[u]]
+        count, guess = _top_of_row(
+            row_U, k_aux, guess, flag_U, words, index_U, value_U, chosen_K, values_A[start : start + k_aux]
+        )
+        starts_N[n], counts_N[n] = start, count
+        for i in range(count):
+            features_A[start + i] = dead_U[chosen_K[i]]
+        start += count
+    return start
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def select_above(
+    pre_NF: Any, b_enc_F: Any, limit: Any, starts_R: Any, counts_R: Any, features_A: Any, values_A: Any
+) -> int:
+    """Codes of all pre-activations above `limit`; how many there are, also if that is more than fit into `features_A`."""
+    num_features, room = len(b_enc_F), len(features_A)
+    row_F = np.empty(num_features, np.float32)
+    bits_F, index_F = row_F.view(np.int32), np.empty(num_features + 1, np.int32)
+    words = np.zeros((num_features + 7) // 8, np.uint64)
+    flag_F = words.view(np.uint8)
+    start = 0
+    for n in range(len(pre_NF)):
+        _load(pre_NF[n], bits_F, row_F)
+        for f in range(num_features):
+            row_F[f] += b_enc_F[f]
+        num = _indices_above(row_F, limit, flag_F, words, index_F)
+        starts_R[n], counts_R[n] = start, num
+        if start + num <= room:
+            for i in range(num):
+                features_A[start + i], values_A[start + i] = index_F[i], row_F[index_F[i]]
+        start += num
+    return start
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def keep_largest(
+    num: int, wanted: int, starts_R: Any, counts_R: Any, num_rows: int, features_A: Any, values_A: Any
+) -> Any:
+    """Of `num` codes keep the `wanted` largest of the whole batch, the earlier among equals; returns the smallest kept."""
+    limit = np.partition(values_A[:num], num - wanted)[num - wanted]
+    above = 0
+    for a in range(num):
+        above += 1 if values_A[a] > limit else 0
+    equals, end = wanted - above, 0
+    for n in range(num_rows):
+        first, last = starts_R[n], starts_R[n] + counts_R[n]
+        starts_R[n] = end
+        for a in range(first, last):
+            value = values_A[a]
+            keep = value > limit
+            if value == limit and equals > 0:
+                keep = True
+                equals -= 1
+            if keep:
+                features_A[end], values_A[end] = features_A[a], value
+                end += 1
+        counts_R[n] = end - starts_R[n]
+    return limit
+
+
+# ---- gradients
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+def _add_rows(out_D: Any, rows: Any, index_A: Any, weight_A: Any, first: int, last: int) -> None:
+    """out += sum of weight * row over entries first to last, four rows at a time: fewer reads and writes of `out`."""
+    a = first
+    while a + 4 <= last:
+        row0, row1, row2, row3 = rows[index_A[a]], rows[index_A[a + 1]], rows[index_A[a + 2]], rows[index_A[a + 3]]
+        w0, w1, w2, w3 = weight_A[a], weight_A[a + 1], weight_A[a + 2], weight_A[a + 3]
+        for d in range(len(out_D)):
+            out_D[d] += w0 * row0[d] + w1 * row1[d] + w2 * row2[d] + w3 * row3[d]
+        a += 4
+    while a < last:
+        row, w = rows[index_A[a]], weight_A[a]
+        for d in range(len(out_D)):
+            out_D[d] += w * row[d]
+        a += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+def _dot(a_D: Any, b_D: Any) -> Any:
+    total = np.float32(0)
+    for d in range(len(a_D)):
+        total += a_D[d] * b_D[d]
+    return total
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def decode(
+    x_ND: Any,
+    W_dec_FD: Any,
+    b_dec_D: Any,
+    starts_N: Any,
+    counts_N: Any,
+    features_A: Any,
+    values_A: Any,
+    factor: Any,
+    G_ND: Any,
+    slopes_A: Any,
+) -> float:
+    """G = factor * (x_hat - x), slopes = <G, W_dec> of active features; returns the sum of squared errors."""
+    total = 0.0
+    for n in range(len(x_ND)):
+        first, last = starts_N[n], starts_N[n] + counts_N[n]
+        G_D, x_D = G_ND[n], x_ND[n]
+        for d in range(len(x_D)):
+            G_D[d] = b_dec_D[d] - x_D[d]
+        _add_rows(G_D, W_dec_FD, features_A, values_A, first, last)
+        total += _dot(G_D, G_D)
+        for d in range(len(x_D)):
+            G_D[d] *= factor
+        for a in range(first, last):
+            slopes_A[a] = _dot(G_D, W_dec_FD[features_A[a]])
+    return total
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def decode_nested(
+    x_ND: Any,
+    W_dec_FD: Any,
+    b_dec_D: Any,
+    ends_P: Any,
+    starts_R: Any,
+    counts_R: Any,
+    features_A: Any,
+    values_A: Any,
+    factor: Any,
+    error_ND: Any,
+    G_PND: Any,
+    slopes_A: Any,
+) -> Any:
+    """Matryoshka: features before ends[p] make reconstruction p on their own; the loss adds up over p.
+
+    G[p] = factor * sum over q >= p of (x_hat_q - x): what a feature first used in prefix p sees. `error_ND` receives
+    x_hat - x of the whole dictionary. Returns the squared errors of the last prefix and of all.
+    """
+    num_prefixes, last_total, total = len(ends_P), 0.0, 0.0
+    cuts_P = np.empty(num_prefixes + 1, np.int64)
+    for n in range(len(x_ND)):
+        x_D, error_D = x_ND[n], error_ND[n]
+        first, last = starts_R[n], starts_R[n] + counts_R[n]
+        for d in range(len(x_D)):
+            error_D[d] = b_dec_D[d] - x_D[d]
+        a = first
+        cuts_P[0] = first
+        for p in range(num_prefixes):
+            begin = a
+            while a < last and features_A[a] < ends_P[p]:
+                a += 1
+            cuts_P[p + 1] = a
+            _add_rows(error_D, W_dec_FD, features_A, values_A, begin, a)
+            G_D = G_PND[p, n]
+            for d in range(len(x_D)):
+                G_D[d] = factor * error_D[d]
+            last_total_n = _dot(error_D, error_D)
+            total += last_total_n
+        last_total += last_total_n
+        for back in range(1, num_prefixes):
+            p = num_prefixes - 1 - back
+            for d in range(len(x_D)):
+                G_PND[p, n, d] += G_PND[p + 1, n, d]
+        for p in range(num_prefixes):
+            for a in range(cuts_P[p], cuts_P[p + 1]):
+                slopes_A[a] = _dot(G_PND[p, n], W_dec_FD[features_A[a]])
+    return last_total, total
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def transpose(
+    num_rows: int,
+    num_tokens: int,
+    starts_R: Any,
+    counts_R: Any,
+    features_A: Any,
+    values_A: Any,
+    slopes_A: Any,
+    first_row_F: Any,
+    starts_F: Any,
+    token_A: Any,
+    row_A: Any,
+    value_A: Any,
+    slope_A: Any,
+) -> None:
+    """Codes by feature: feature f has the entries starts_F[f] to starts_F[f + 1], in the order of their rows.
+
+    Rows from `num_tokens` on are AuxK's: tokens once more, with rows of G after all others. `first_row_F` is the row of
+    G at which the gradients that a feature sees begin: 0, or its prefix's in a matryoshka.
+    """
+    num_features = len(first_row_F)
+    aux_row = first_row_F[num_features - 1]  # AuxK's rows of G lie behind those of the last prefix
+    starts_F[:] = 0
+    for r in range(num_rows):
+        for a in range(starts_R[r], starts_R[r] + counts_R[r]):
+            starts_F[features_A[a] + 1] += 1
+    for f in range(num_features):
+        starts_F[f + 1] += starts_F[f]
+    next_F = starts_F[:num_features].copy()
+    for r in range(num_rows):
+        is_aux = r >= num_tokens
+        for a in range(starts_R[r], starts_R[r] + counts_R[r]):
+            f = features_A[a]
+            to = next_F[f]
+            next_F[f] = to + 1
+            token_A[to] = r - num_tokens if is_aux else r
+            row_A[to] = aux_row + r if is_aux else first_row_F[f] + r
+            value_A[to], slope_A[to] = values_A[a], slopes_A[a]
+
+
+# ---- Adam
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+def _descend(g_D: Any, w_D: Any, m_D: Any, v_D: Any, adam: Any) -> None:
+    """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; w -= rate * m / (sqrt(v) * root + epsilon), in place.
+
+    `rate` and `root` carry Adam's bias corrections.
+    """
+    rate, root, beta1, beta2, epsilon = adam[0], adam[1], adam[2], adam[3], adam[4]
+    new1, new2 = np.float32(1) - beta1, np.float32(1) - beta2
+    for d in range(len(w_D)):
+        m = beta1 * m_D[d] + new1 * g_D[d]
+        v = beta2 * v_D[d] + new2 * g_D[d] * g_D[d]
+        m_D[d], v_D[d] = m, v
+        w_D[d] -= rate * m / (np.sqrt(v) * root + epsilon)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def update(
+    x_ND: Any,
+    G_RD: Any,
+    aux_row: int,
+    starts_F: Any,
+    token_A: Any,
+    row_A: Any,
+    value_A: Any,
+    slope_A: Any,
+    W_enc_FD: Any,
+    W_enc_bits_FD: Any,
+    rounded_FD: Any,
+    b_enc_F: Any,
+    W_dec_FD: Any,
+    m_enc_FD: Any,
+    v_enc_FD: Any,
+    m_bias_F: Any,
+    v_bias_F: Any,
+    m_dec_FD: Any,
+    v_dec_FD: Any,
+    idle_F: Any,
+    adam: Any,
+) -> None:
+    """Gradients and Adam for every feature; the decoder's row loses the gradient along it and returns to unit norm.
+
+    `adam` is rate, root (both with bias correction), beta1, beta2, epsilon. `W_enc_bits_FD` is `W_enc_FD` seen as int32;
+    `rounded_FD` receives it as bfloat16. Rows of G from `aux_row` on are AuxK's. `idle_F` counts the tokens since a
+    feature last fired.
+    """
+    num_tokens = len(x_ND)
+    one, tiny = np.float32(1), np.float32(1e-8)
+    to_enc_D, to_dec_D = np.empty(x_ND.shape[1], np.float32), np.empty(x_ND.shape[1], np.float32)
+    to_bias_F = np.empty(len(b_enc_F), np.float32)
+    for f in range(len(b_enc_F)):
+        first, last = starts_F[f], starts_F[f + 1]
+        to_enc_D[:] = np.float32(0)
+        to_dec_D[:] = np.float32(0)
+        _add_rows(to_enc_D, x_ND, token_A, slope_A, first, last)
+        _add_rows(to_dec_D, G_RD, row_A, value_A, first, last)
+        to_bias = np.float32(0)
+        for a in range(first, last):
+            to_bias += slope_A[a]
+        fired = first < last and row_A[first] < aux_row  # entries are in the order of rows, AuxK's last
+        idle_F[f] = 0 if fired else idle_F[f] + num_tokens
+
+        _descend(to_enc_D, W_enc_FD[f], m_enc_FD[f], v_enc_FD[f], adam)
+        _round_to_bfloat16(W_enc_bits_FD[f], rounded_FD[f])
+        to_bias_F[f] = to_bias
+
+        W_dec_D = W_dec_FD[f]
+        along = _dot(to_dec_D, W_dec_D)
+        for d in range(len(W_dec_D)):
+            to_dec_D[d] -= along * W_dec_D[d]
+        _descend(to_dec_D, W_dec_D, m_dec_FD[f], v_dec_FD[f], adam)
+        to_unit = one / max(np.sqrt(_dot(W_dec_D, W_dec_D)), tiny)
+        for d in range(len(W_dec_D)):
+            W_dec_D[d] *= to_unit
+    _descend(to_bias_F, b_enc_F, m_bias_F, v_bias_F, adam)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def update_bias(G_ND: Any, b_dec_D: Any, m_D: Any, v_D: Any, adam: Any) -> None:
+    """Adam for b_dec, whose gradient is the sum of G over the batch."""
+    gradient_D = np.zeros(len(b_dec_D), np.float32)
+    for n in range(len(G_ND)):
+        for d in range(len(gradient_D)):
+            gradient_D[d] += G_ND[n, d]
+    _descend(gradient_D, b_dec_D, m_D, v_D, adam)
+
+
+# ---- many steps in one call
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _dead_features(idle_F: Any, dead_after: float) -> Any:
+    """Features that have not fired for so many tokens, ascending."""
+    found = np.empty(len(idle_F), np.int32)
+    num = 0
+    for f in range(len(idle_F)):
+        found[num] = f
+        num += 1 if idle_F[f] >= dead_after else 0
+    return found[:num]
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _auxiliary_errors(G_ND: Any, factor: Any, error_AD: Any) -> float:
+    """Errors x - x_hat = -G / factor of the first tokens; their summed squared distance from their mean."""
+    A, D = error_AD.shape
+    total_D = np.zeros(D, np.float32)
+    squares = 0.0
+    for n in range(A):
+        for d in range(D):
+            error_AD[n, d] = -G_ND[n, d] / factor
+            total_D[d] += error_AD[n, d]
+        squares += _dot(error_AD[n], error_AD[n])
+    return max(squares - _dot(total_D, total_D) / A, 1e-12 * A * D)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def steps_topk(
+    chunk_CD: Any,
+    order_C: Any,
+    mean_D: Any,
+    scale: Any,
+    k: int,
+    aux_weight: float,
+    dead_after: float,
+    adam_S: Any,
+    guess: Any,
+    tokens: Any,
+    pre_NF: Any,
+    codes: Any,
+    by_feature: Any,
+    G_RD: Any,
+    error_AD: Any,
+    trained: Any,
+    bias: Any,
+    idle_F: Any,
+) -> Any:
+    """TopK: all steps of a block without returning to the interpreter, for layers so small that calling costs more than computing.
+
+    `tokens`, `codes`, `by_feature`, `trained` and `bias` are tuples of the arrays that the functions above take, in their order.
+    Returns the steps done (fewer if a loss is not finite), loss and squared error of the last, its active features, and the
+    next guess.
+    """
+    x_ND, x_bits_ND, rounded_ND = tokens
+    starts_R, counts_R, features_A, values_A, slopes_A = codes
+    starts_F, token_A, row_A, value_A, slope_A = by_feature
+    W_enc_FD, W_enc_bits_FD, rounded_FD, b_enc_F, W_dec_FD, m_enc, v_enc, m_bias, v_bias, m_dec, v_dec = trained
+    b_dec_D, m_b_dec_D, v_b_dec_D = bias
+    N, D = x_ND.shape
+    A = len(error_AD)
+    first_row_F = np.zeros(len(b_enc_F), np.int64)
+    zero_D = np.zeros(D, np.float32)
+    factor = np.float32(2 / (N * D))
+    loss, error, num_codes = 0.0, 0.0, 0
+    for step in range(len(adam_S)):
+        gather(chunk_CD, order_C[step * N : (step + 1) * N], mean_D, scale, x_ND, x_bits_ND, rounded_ND)
+        np.dot(x_ND, W_enc_FD.T, pre_NF)
+        guess = select_topk(pre_NF, b_enc_F, k, guess, starts_R, counts_R, features_A, values_A)
+        error = decode(x_ND, W_dec_FD, b_dec_D, starts_R, counts_R, features_A, values_A, factor, G_RD, slopes_A)
+        loss = error / (N * D)
+        num_codes = counts_R[:N].sum()
+        if not np.isfinite(loss):
+            return step, loss, error, num_codes, guess
+        num_rows = N
+        dead_U = _dead_features(idle_F, dead_after)
+        if len(dead_U):
+            variance = _auxiliary_errors(G_RD, factor, error_AD)
+            starts_A, counts_A = starts_R[N:], counts_R[N:]
+            k_aux = min(D // 2, len(dead_U))
+            select_dead(pre_NF[:A], b_enc_F, dead_U, k_aux, N * k, starts_A, counts_A, features_A, values_A)
+            push = np.float32(2 * aux_weight / variance)
+            rest = decode(
+                error_AD, W_dec_FD, zero_D, starts_A, counts_A, features_A, values_A, push, G_RD[N:], slopes_A
+            )
+            loss += aux_weight * rest / variance
+            num_rows += A
+        transpose(
+            num_rows, N, starts_R, counts_R, features_A, values_A, slopes_A,
+            first_row_F, starts_F, token_A, row_A, value_A, slope_A,
+        )  # fmt: skip
+        adam = adam_S[step]
+        update(
+            x_ND, G_RD, N, starts_F, token_A, row_A, value_A, slope_A, W_enc_FD, W_enc_bits_FD, rounded_FD, b_enc_F,
+            W_dec_FD, m_enc, v_enc, m_bias, v_bias, m_dec, v_dec, idle_F, adam,
+        )  # fmt: skip
+        update_bias(G_RD[:N], b_dec_D, m_b_dec_D, v_b_dec_D, adam)
+    return len(adam_S), loss, error, num_codes, guess

@@ -1,0 +1,114 @@
+"""Training with autograd: all layers of a group in batched products, on any device, for every architecture.
+
+The reference for `compiled.py`, and what GPUs use.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from throughline.dictionaries.stack import StepLoss
+from throughline.training.chunks import Chunk
+from throughline.training.group import BETAS, EPSILON, Course, Group, Measures, NonFiniteLoss
+from throughline.training.resampling import is_due, resample_
+
+CHECK_STEPS = 50  # a look at the loss waits for the device
+
+
+class PlainTrainer:
+    """One group's steps. Micro-batches shrink when memory runs out, and `say` is told."""
+
+    def __init__(self, group: Group, course: Course, say: Callable[[str], None]) -> None:
+        self._group, self._course, self._say = group, course, say
+        self._optimizer = torch.optim.Adam(
+            list(group.stack.trained().values()), lr=group.learning_rate, betas=BETAS, eps=EPSILON, fused=True
+        )
+        self._num_parts = 1  # micro-batches of a batch
+
+    def train(self, chunk: Chunk, first_step: int, num_steps: int, tick: Callable[[float], None]) -> None:
+        """Steps on consecutive batches of the chunk; `tick` hears how many are done."""
+        self._remember(first_step)
+        group, N = self._group, self._course.batch_tokens
+        order_C = chunk.order_C.to(chunk.x_LCD.device)
+        everything = len(group.columns) == len(chunk.x_LCD)
+        columns = torch.tensor(group.columns, device=chunk.x_LCD.device)[:, None]
+        for i in range(num_steps):
+            order_N = order_C[i * N : (i + 1) * N]
+            x_LND = chunk.x_LCD[:, order_N] if everything else chunk.x_LCD[columns, order_N]
+            self._step((x_LND.float() - group.mean_LD[:, None]) * group.scale_L[:, None, None], first_step + i)
+            if (i + 1) % CHECK_STEPS == 0 or i + 1 == num_steps:
+                self._check(first_step + i)
+            tick(i + 1)
+
+    def _check(self, step: int) -> None:
+        for layer, loss in zip(self._group.layers, self._group.latest.loss.tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(layer, step, loss)
+
+    def _remember(self, step: int) -> None:
+        """The group's moments are the optimizer's."""
+        for name, weight in self._group.stack.trained().items():
+            first, second = self._group.moments[name]
+            count = torch.tensor(float(step), device=weight.device)
+            self._optimizer.state[weight] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
+
+    def _step(self, x_LND: Tensor, step: int) -> None:
+        group, course = self._group, self._course
+        dead_LF = group.idle_tokens_LF >= course.dead_after_of(group)
+        losses = self._losses(x_LND, dead_LF, course.progress(step))
+        group.stack.remove_parallel_gradient_()
+        for parameters in self._optimizer.param_groups:
+            parameters["lr"] = group.learning_rate * course.rate(step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        group.stack.normalize_()
+        with torch.no_grad():
+            l0_L = losses.fired_LF.sum(1) / x_LND.shape[1]
+            group.controller.update_(l0_L, step, course.num_steps, course.rate(step))
+            group.architecture.after_step_(group.stack, losses, group.controller.trim(step, course.num_steps))
+            group.idle_tokens_LF += x_LND.shape[1]
+            group.idle_tokens_LF[losses.fired_LF > 0] = 0
+            error_LND = x_LND - losses.x_hat_LND
+            if is_due(step, course.num_steps, group.k):
+                resample_(group, x_LND, error_LND, step, course)
+            fvu_L = error_LND.square().sum((1, 2)) / x_LND.square().sum((1, 2))
+            group.latest = Measures(losses.loss_L.detach(), l0_L, fvu_L, dead_LF.float().mean(1))
+
+    def _losses(self, x_LND: Tensor, dead_LF: Tensor, progress: float) -> StepLoss:
+        """Losses of the batch; their gradients are left in the weights."""
+        while True:
+            try:
+                parts = [self._part(part, x_LND, dead_LF, progress) for part in x_LND.chunk(self._num_parts, dim=1)]
+                return parts[0] if len(parts) == 1 else _join(parts, [p.x_hat_LND.shape[1] for p in parts])
+            except torch.OutOfMemoryError:
+                if self._num_parts >= x_LND.shape[1]:
+                    raise
+                self._optimizer.zero_grad()
+                self._num_parts *= 2
+                tokens = math.ceil(x_LND.shape[1] / self._num_parts)
+                self._say(
+                    f"memory ran out; each batch of {x_LND.shape[1]} tokens is computed {tokens} at a time from here"
+                )
+
+    def _part(self, part_LND: Tensor, x_LND: Tensor, dead_LF: Tensor, progress: float) -> StepLoss:
+        group = self._group
+        with torch.autocast(x_LND.device.type, torch.bfloat16, enabled=self._course.bfloat16):
+            losses = group.architecture.loss(
+                group.stack, part_LND, dead_LF, progress, k=group.k, penalty_L=group.controller.penalty_L
+            )
+        (losses.loss_L.sum() * (part_LND.shape[1] / x_LND.shape[1])).backward()
+        return StepLoss(losses.loss_L.detach(), losses.x_hat_LND.detach(), *losses[2:])
+
+
+def _join(parts: list[StepLoss], sizes: list[int]) -> StepLoss:
+    """The losses of a batch from those of its micro-batches."""
+    weights = torch.tensor(sizes, dtype=torch.float32, device=parts[0].loss_L.device) / sum(sizes)
+    smallest = [p.smallest_L for p in parts if p.smallest_L is not None]
+    return StepLoss(
+        torch.stack([p.loss_L for p in parts], 1) @ weights,
+        torch.cat([p.x_hat_LND for p in parts], 1),
+        torch.stack([p.fired_LF for p in parts]).sum(0),
+        torch.stack(smallest).amin(0) if smallest else None,
+    )

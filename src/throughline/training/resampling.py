@@ -1,0 +1,64 @@
+"""Give dead features new directions: those of tokens that are badly reconstructed (Bricken et al. 2023, "Neuron Resampling").
+
+    1. tokens are drawn with probability proportional to |x - x_hat|^4
+    2. decoder row = (x - x_hat) of the token, unit; encoder row the same, as long as living ones are in the mean
+    3. with a sparsity penalty, the bias lets the feature fire where the projection is more than half the token's, so that L0
+       does not leap; where k is chosen the bias is 0
+    4. what the optimizer remembers of these rows is forgotten; an architecture's own weights start anew
+
+Generators are made from seed, layer and step, so that there is no state.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from throughline.training.group import Course, Group
+
+FROM_SHARE, UNTIL_SHARE = 0.1, 0.7  # of the run
+EVERY_SHARE, EVERY_SHARE_WITH_PENALTY = 0.1, 0.05  # a penalty goes on killing features; AuxK revives them in between
+LARGEST_SHARE = 0.25  # of a batch's tokens: no more features get a new direction at once
+
+
+def is_due(step: int, num_steps: int, k: int | None) -> bool:
+    """True at the step that completes another tenth of the run (twentieth where there is a penalty), until seven tenths."""
+    now, before = step / num_steps, (step - 1) / num_steps
+    every = EVERY_SHARE if k is not None else EVERY_SHARE_WITH_PENALTY
+    return FROM_SHARE <= now <= UNTIL_SHARE + 1 / num_steps and int(now / every) > int(before / every)
+
+
+@torch.no_grad()
+def resample_(
+    group: Group, x_LND: Float[Tensor, "L N D"], error_LND: Float[Tensor, "L N D"], step: int, course: Course
+) -> None:
+    """Give the dead features of a group new directions; `error_LND` is x - x_hat of the batch `x_LND`."""
+    for index, layer in enumerate(group.layers):
+        dead_F = group.idle_tokens_LF[index] >= course.dead_after
+        error_ND = error_LND[index]
+        weight_N = error_ND.square().sum(1).square()
+        dead = dead_F.nonzero()[: int(LARGEST_SHARE * len(weight_N)), 0]
+        if not len(dead) or int((weight_N > 0).sum()) < len(dead):
+            continue
+        generator = torch.Generator().manual_seed((course.seed * 1009 + layer) * 1_000_003 + step)
+        tokens = torch.multinomial(weight_N.cpu(), len(dead), generator=generator).to(error_ND.device)
+        _point_(group, index, dead, torch.nn.functional.normalize(error_ND[tokens]), x_LND[index, tokens], ~dead_F)
+        group.idle_tokens_LF[index, dead] = 0
+
+
+def _point_(group: Group, index: int, dead: Tensor, rows_AD: Tensor, x_AD: Tensor, alive_F: Tensor) -> None:
+    """Features `dead` of one layer look along `rows_AD`, as far as the living ones do."""
+    stack = group.stack
+    length = stack.W_enc_LFD[index, alive_F].norm(dim=1).mean() if alive_F.any() else torch.ones(())
+    stack.W_dec_LFD[index, dead] = rows_AD
+    stack.W_enc_LFD[index, dead] = length * rows_AD
+    projection_A = length * (x_AD * rows_AD).sum(1)
+    stack.b_enc_LF[index, dead] = -0.5 * projection_A.clamp_min(0) if group.k is None else 0.0
+    _, F, D = stack.W_dec_LFD.shape
+    fresh = group.architecture.extra((1, F, D))
+    for name, tensor_LF in stack.extra_LF.items():
+        if tensor_LF.requires_grad:
+            tensor_LF[index, dead] = fresh[name][0, dead.to(fresh[name].device)].to(tensor_LF)
+    for name, moments in group.moments.items():
+        if name != "b_dec":
+            for moment in moments:
+                moment[index, dead] = 0
