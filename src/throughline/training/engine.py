@@ -38,7 +38,8 @@ LR_AT_256_TOKENS_512_FEATURES = 1.3e-2
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_AFTER_SHARE = 0.01  # of the run, whichever is less
 REPORT_SECONDS = 1.0
-SCALED_ON = 4096  # tokens on which the encoder's first length is found
+SCALED_ON = 4096  # tokens that dictionaries are initialised from
+LENGTH_FROM = 1024  # of them, on which the encoder's first length is found
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _scale_encoder_(
     c = <x, x_hat> / <x_hat, x_hat>.
     """
     for index in range(len(x_LND)):
-        one, x_ND = stack.single(index), x_LND[index : index + 1]
+        one, x_ND = stack.single(index), x_LND[index : index + 1, :LENGTH_FROM]
         nothing_dead = torch.zeros_like(one.b_enc_LF, dtype=torch.bool)
         penalty = controller.single(index).penalty_L
         x_hat_ND = architecture.loss(one, x_ND, nothing_dead, 0.0, k=k, penalty_L=penalty).x_hat_LND
@@ -274,7 +275,7 @@ def _make_trainers(groups: Sequence[Group], course: Course, device: str, say: Ca
 
 def _check_finite(x_LND: Float[Tensor, "L N D"], layers: list[int], model: str) -> None:
     for layer, x_ND in zip(layers, x_LND, strict=True):
-        if not x_ND.isfinite().all():
+        if not x_ND.sum(dtype=torch.float32).isfinite():  # a sum shows it in one pass
             raise TrainingError(
                 f"{model} layer {layer}: its activations are not all finite; if its dtype is float16, try float32"
             )
