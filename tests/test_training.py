@@ -220,6 +220,8 @@ def test_automatic_learning_rate():
     assert engine.learning_rate(small, 512) == pytest.approx(engine.LR_AT_256_TOKENS_512_FEATURES)
     assert engine.learning_rate(large, 512) == pytest.approx(2 * engine.learning_rate(small, 512))
     assert engine.learning_rate(small, 2048) == pytest.approx(engine.learning_rate(small, 512) / 2)
+    short = TrainingSpec(tokens=3 * 256, batch_tokens=256)
+    assert engine.learning_rate(short, 512) == pytest.approx(engine.learning_rate(small, 512) / 10)
 
 
 @pytest.mark.parametrize("spec", [TOPK, SPECS["gated"]], ids=["compiled", "plain"])

@@ -5,12 +5,14 @@ loss = (|x - x_hat|^2 + lambda * sum_f f |W_dec,f|) / D        lambda grows from
 
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from throughline.dictionaries.stack import Stack, StepLoss
 
 WARM_UP = 0.1
+TRIM = 0.5  # of an activation's usual size, which is near 1 at the scale of training
 
 
 class ReLU:
@@ -65,5 +67,7 @@ class ReLU:
         return StepLoss(loss_L, x_hat_LND, (f_LNF > 0).sum(1))
 
     @staticmethod
+    @torch.no_grad()
     def after_step_(stack: Stack, losses: StepLoss, trim_L: Float[Tensor, "L"]) -> None:
-        """Nothing."""
+        """Biases sink a little where more features are active than asked for, towards the end of the run."""
+        stack.b_enc_LF.sub_(TRIM * trim_L[:, None])

@@ -263,6 +263,8 @@ class CompiledLayer:
                 group.stack, StepLoss(nothing, nothing, nothing, torch.tensor([smallest])), nothing
             )
         if group.k is None:
+            nothing, trim_L = torch.empty(0), group.controller.trim(step, course.num_steps)
+            group.architecture.after_step_(group.stack, StepLoss(nothing, nothing, nothing), trim_L)
             group.controller.update_(torch.tensor([num_codes / N]), step, course.num_steps, course.rate(step))
         if is_due(step, course.num_steps, group.k) and (self._idle_F >= course.dead_after).any():
             x_ND = torch.from_numpy(s.x_ND)

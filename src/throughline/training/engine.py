@@ -35,6 +35,7 @@ from throughline.training.sources import ActivationSource
 from throughline.training.sparsity import SparsityController
 
 LR_AT_256_TOKENS_512_FEATURES = 1.3e-2
+FEW_STEPS = 300
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_AFTER_SHARE = 0.01  # of the run, whichever is less
 REPORT_SECONDS = 1.0
@@ -132,11 +133,16 @@ def learning_rate(training: TrainingSpec, d_sae: int) -> float:
     """The study's learning rate, or one that suits this batch and width.
 
     `auto`: 1.3e-2 for batches of 256 tokens and up to 512 features, with the square root of the batch, and for more features
-    the inverse square root of their number as sparsify and dictionary_learning have it.
+    the inverse square root of their number as sparsify and dictionary_learning have it. A run of fewer than 300 steps has no
+    time to recover from steps so long, and takes shorter ones.
     """
     if training.lr != "auto":
         return training.lr
-    return LR_AT_256_TOKENS_512_FEATURES * math.sqrt(min(training.batch_tokens, 4096) / 256 * 512 / max(d_sae, 512))
+    num_steps = training.tokens * training.epochs / training.batch_tokens
+    few = math.sqrt(min(1.0, num_steps / FEW_STEPS))
+    return (
+        few * LR_AT_256_TOKENS_512_FEATURES * math.sqrt(min(training.batch_tokens, 4096) / 256 * 512 / max(d_sae, 512))
+    )
 
 
 # ---- groups

@@ -6,8 +6,8 @@ L0 is a running mean over batches. The first term finds the coefficient; the sec
 weights are still on their way (a PI controller in its velocity form). The controller waits until the penalty has grown to its full
 strength, and slows down with the learning rate, as the weights that it steers do. Layers do not see one another.
 
-Thresholds (jumprelu) answer to the penalty too late once the learning rate is low. In the last tenth of the run they are raised and
-lowered directly, all of a layer by one factor: what `trim` returns is its logarithm.
+Thresholds (jumprelu) and biases (relu) answer to the penalty too late once the learning rate is low. In the last tenth of the run
+they are moved directly, all of a layer alike, by what `trim` returns: the logarithm of a factor for thresholds.
 """
 
 from dataclasses import dataclass
