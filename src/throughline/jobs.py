@@ -72,12 +72,10 @@ def train_layers(session: Session, spec: ModelSpec, layers: list[int], report: R
         spans = ", ".join(f"{block[0]}-{block[-1]}" for block in blocks)
         session.say(f"{spec.name}: {len(layers)} layers do not fit into memory at once; trained in blocks {spans}")
     for block in blocks:
-        _train_block(session, spec, block, training, len(blocks), report)
+        _train_block(session, spec, block, training, report)
 
 
-def _train_block(
-    session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, num_blocks: int, report: Report
-) -> None:
+def _train_block(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, report: Report) -> None:
     run, study, model = session.run, session.study, session.model(spec.name)
     specs = {layer: study.dictionary_for(spec).at_layer(layer) for layer in layers}
     steps = train_steps(session, spec)
@@ -85,7 +83,7 @@ def _train_block(
     key = digest_key(*(steps[layer][1] for layer in layers))
     checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say)
     with run.steps(dict(steps[layer] for layer in layers)) as files:
-        source = _activations(session, spec, layers, training, num_blocks)
+        source = _activations(session, spec, layers, training)
         probe = next(source.batches(), torch.empty(len(layers), 0, model.d_model))[:, :PROBE_TOKENS].clone()
         dictionaries = train(
             source,
@@ -113,7 +111,7 @@ def _blocks(session: Session, spec: ModelSpec, layers: list[int], training: Trai
     sizes = []
     for layer in layers:
         wanted = study.dictionary_for(spec).at_layer(layer)
-        fast = session.device == "cpu" and ARCHITECTURES.load(wanted.architecture).name in compiled.ARCHITECTURES
+        fast = compiled.can_train(ARCHITECTURES.load(wanted.architecture).name, session.device)
         width = wanted.width(model.d_model)
         sizes.append(bytes_of_layer(model.d_model, width, tokens, training.batch_tokens, not fast))
     return split_blocks(layers, sizes, free_bytes(session.device))
@@ -122,9 +120,7 @@ def _blocks(session: Session, spec: ModelSpec, layers: list[int], training: Trai
 # ---- activations
 
 
-def _activations(
-    session: Session, spec: ModelSpec, layers: Sequence[int], training: TrainingSpec, num_blocks: int
-) -> ActivationSource:
+def _activations(session: Session, spec: ModelSpec, layers: Sequence[int], training: TrainingSpec) -> ActivationSource:
     """The study's text as these layers' activations; kept on disk where they are read again and that is cheaper."""
     model, wanted = session.model(spec.name), training.activation_cache
     if harvests_in_bfloat16(training.precision, session.device, model.d_model):

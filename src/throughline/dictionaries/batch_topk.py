@@ -30,6 +30,7 @@ class BatchTopK:
     # too often to be dead by a count of tokens: on planted directions, 22 % of the features of a run of 500,000 tokens.
     starved_after = 20.0
     activate = JumpReLU.activate
+    fold = JumpReLU.fold
 
     @staticmethod
     def options(**_: Any) -> dict[str, Any]:
@@ -44,11 +45,6 @@ class BatchTopK:
     def extra(shape: tuple[int, int, int]) -> dict[str, Tensor]:
         """The threshold, the same for all features of a layer, and of how many batches it is the mean."""
         return {name: torch.zeros(shape[:2]) for name in ("threshold", "num_batches")}
-
-    @staticmethod
-    def fold(extra: dict[str, Tensor], norm_F: Tensor, scale: float, offset_F: Tensor) -> dict[str, Tensor]:
-        """The threshold of raw pre-activations."""
-        return JumpReLU.fold(extra, norm_F, scale, offset_F)
 
     @staticmethod
     def loss(

@@ -32,6 +32,11 @@ LOOSER = np.float32(0.9)  # of the last batch's limit: nearly always keeps enoug
 SAMPLE_ROWS = 64
 
 
+def can_train(architecture: str, device: str) -> bool:
+    """True if an architecture has compiled steps, and the device is a CPU."""
+    return device == "cpu" and architecture in ARCHITECTURES
+
+
 class Workspace:
     """What one thread needs beside a layer's weights, for batches of N tokens of one shape."""
 
@@ -298,9 +303,8 @@ class CompiledTrainer:
         self._num_threads = max(1, min(num_threads, len(self._layers)))
         # a thread's own products use what the others leave idle
         self._inner_threads = max(1, num_threads // self._num_threads)
-        self._libraries = (
-            ThreadpoolController()
-        )  # numpy's products, in compiled loops, would start threads of their own
+        # numpy's products, in compiled loops, would start threads of their own
+        self._libraries = ThreadpoolController()
         self._spaces: list[dict[tuple, Workspace]] = [{} for _ in range(self._num_threads)]
 
     def train(self, chunk: Chunk, first_step: int, num_steps: int, tick: Callable[[float], None]) -> None:

@@ -274,7 +274,7 @@ def _tensors(groups: Sequence[Group]) -> dict[str, Tensor]:
 
 def _make_trainers(groups: Sequence[Group], course: Course, device: str, say: Callable[[str], None]) -> list[Trainer]:
     """One trainer for all groups that have compiled kernels, on a CPU; one for each of the others."""
-    fast = [g for g in groups if device == "cpu" and g.architecture.name in compiled.ARCHITECTURES]
+    fast = [g for g in groups if compiled.can_train(g.architecture.name, device)]
     trainers: list[Trainer] = [PlainTrainer(group, course, say) for group in groups if group not in fast]
     return ([CompiledTrainer(fast, course, torch.get_num_threads())] if fast else []) + trainers
 
