@@ -25,7 +25,7 @@ from throughline.training import Progress, train
 from throughline.training.precision import harvests_in_bfloat16
 from throughline.training.sources import ArraySource
 
-HARVEST_TOKENS = 2048  # a forward pass
+HARVEST_TOKENS = 1024  # a forward pass
 
 
 def rows_of(ids: np.ndarray, special_ids: set[int]) -> TokenRows:

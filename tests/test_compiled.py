@@ -38,6 +38,7 @@ def way(monkeypatch) -> Callable[[str, bool], None]:
         monkeypatch.undo()
         monkeypatch.setattr(chunks, "MOST_TOKENS", 16 * N)
         monkeypatch.setattr(engine, "DEAD_AFTER_SHARE", 0.02 if dead else 1e9)
+        monkeypatch.setattr(engine, "DEAD_AFTER_BATCHES", 1)
         if not dead:
             monkeypatch.setattr(Course, "dead_after_of", lambda self, group: self.dead_after)
         if which == "plain":
@@ -169,7 +170,7 @@ def test_small_layers_are_trained_in_float32_anyhow(way):
 def first_chunk(specs: dict[int, DictionarySpec], training: TrainingSpec) -> tuple[Chunk, list[Group]]:
     x_LND = planted_layers(training.tokens, len(specs), num_features=40, d_model=D)
     chunk = next(read_chunks(ArraySource(x_LND), training.batch_tokens, training.tokens, len(specs), 0))
-    return chunk, engine._make_groups(chunk, specs, training, len(specs))
+    return chunk, engine._make_groups(chunk, specs, training, len(specs), "planted")
 
 
 @pytest.mark.parametrize(("bfloat16", "small"), [(False, 5e7), (False, 0), (True, 0)])
@@ -360,7 +361,7 @@ def test_rounding_to_bfloat16_is_torch_s(bits):
     out = torch.empty_like(x_1D)
     rounded = torch.empty(x_1D.shape, dtype=torch.bfloat16)
     zero_D = np.zeros(x_1D.shape[1], np.float32)
-    views = out.numpy(), out.view(torch.int32).numpy(), rounded.view(torch.int16).numpy()
+    views = out.numpy(), rounded.view(torch.int16).numpy()
     kernels.gather(x_1D.numpy(), np.array([0]), zero_D, np.float32(1), *views)
     expected = x_1D.bfloat16().view(torch.int16)
     assert torch.equal(torch.where(x_1D == 0, 0, rounded.view(torch.int16)), torch.where(x_1D == 0, 0, expected))
@@ -378,7 +379,6 @@ def test_gather(dtype):
         mean_D.numpy(),
         np.float32(1.7),
         x_ND.numpy(),
-        x_ND.view(torch.int32).numpy(),
         rounded_ND.view(torch.int16).numpy(),
     )
     torch.testing.assert_close(x_ND, 1.7 * (chunk_CD[order_N].float() - mean_D))
@@ -409,8 +409,10 @@ def test_decode_is_autograd_s():
     b_dec_D = torch.randn(D, generator=generator)
     found, f_NF = random_codes(20, 50, 6)
     G_ND, slopes_A = np.full((20, D), np.nan, np.float32), np.full(len(found[3]), np.nan, np.float32)
-    factor = np.float32(2 / (20 * D))
-    error = kernels.decode(x_ND.numpy(), W_dec_FD.numpy(), b_dec_D.numpy(), *found, factor, G_ND, slopes_A)
+    factor, rounded_ND = np.float32(2 / (20 * D)), torch.empty(20, D, dtype=torch.bfloat16)
+    out = (G_ND, rounded_ND.view(torch.int16).numpy(), slopes_A)
+    error = kernels.decode(x_ND.numpy(), W_dec_FD.numpy(), b_dec_D.numpy(), *found, factor, *out)
+    assert torch.equal(rounded_ND, torch.from_numpy(G_ND).bfloat16())
     f_NF.requires_grad_()
     x_hat_ND = f_NF @ W_dec_FD + b_dec_D
     x_hat_ND.retain_grad()
@@ -431,8 +433,12 @@ def test_nested_decode_is_autograd_s(ends):
     error_ND, G_PND = np.full((20, D), np.nan, np.float32), np.full((P, 20, D), np.nan, np.float32)
     slopes_A = np.full(len(found[3]), np.nan, np.float32)
     factor = np.float32(2 / (20 * D * P))
-    arguments = (W_dec_FD.numpy(), b_dec_D.numpy(), np.array(ends), *found, factor, error_ND, G_PND, slopes_A)
-    last, total = kernels.decode_nested(x_ND.numpy(), *arguments)
+    rounded_PND = torch.empty(P, 20, D, dtype=torch.bfloat16)
+    out = (error_ND, G_PND, rounded_PND.view(torch.int16).numpy(), slopes_A)
+    last, total = kernels.decode_nested(
+        x_ND.numpy(), W_dec_FD.numpy(), b_dec_D.numpy(), np.array(ends), *found, factor, *out
+    )
+    assert torch.equal(rounded_PND, torch.from_numpy(G_PND).bfloat16())
     for tensor in (f_NF, b_dec_D, W_dec_FD):
         tensor.requires_grad_()
     errors = [x_ND - f_NF[:, :end] @ W_dec_FD[:end] - b_dec_D for end in ends]
@@ -476,7 +482,8 @@ def test_transpose():
         assert torch.equal(torch.from_numpy(slope[mine]), slope_RF[rows, f])
 
 
-def test_update_is_torch_s_adam():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_update_is_torch_s_adam(dtype):
     """Three steps of Adam with gradients of codes; the decoder's without their part along its rows, which return to unit norm."""
     generator = torch.Generator().manual_seed(6)
 
@@ -496,15 +503,17 @@ def test_update_is_torch_s_adam():
     idle_F = np.full(num_features, 100, np.int64)
     first_row_F = np.zeros(num_features, np.int64)
     for step in range(3):
-        x_ND, G_ND = random(20, D), random(20, D)
+        rows = (random(20, D).to(dtype), random(20, D).to(dtype))
+        given = [r.view(torch.int16).numpy() if dtype == torch.bfloat16 else r.numpy() for r in rows]
+        x_ND, G_ND = (r.float() for r in rows)
         found, f_NF = random_codes(20, num_features, 4, seed=step)
         slope_NF = torch.where(f_NF > 0, random(20, num_features), 0)
         grouped = by_feature_of(found, at_codes(slope_NF, found), 20, first_row_F)
         correction = [1 - beta ** (step + 1) for beta in BETAS]
         adam = np.array([rate / correction[0], correction[1] ** -0.5, *BETAS, EPSILON], np.float32)
-        encoder = (mine[0].numpy(), mine[0].view(torch.int32).numpy(), rounded.view(torch.int16).numpy())
+        encoder = (mine[0].numpy(), rounded.view(torch.int16).numpy())
         arrays_ = (*encoder, mine[1].numpy(), mine[2].numpy(), *(m.numpy() for m in moments))
-        kernels.update(x_ND.numpy(), G_ND.numpy(), 20, *grouped, *arrays_, idle_F, adam)
+        kernels.update(*given, 20, *grouped, *arrays_, idle_F, adam)
         kernels.update_bias(G_ND.numpy(), mine_bias.numpy(), *(m.numpy() for m in bias_moments), adam)
         W_enc.grad, b_enc.grad, bias.grad = slope_NF.T @ x_ND, slope_NF.sum(0), G_ND.sum(0)
         gradient = f_NF.T @ G_ND

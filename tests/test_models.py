@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from throughline.errors import InputError
 from throughline.models import FAMILIES, LanguageModel, ModelOutput, open_model
+from throughline.models.gelu import TanhGELU
 from throughline.models.structure import find_blocks, find_final_norm, norm_follows
 from throughline.study import ModelSpec
 from throughline.zoo.vocabularies import build_tokenizer
@@ -478,3 +479,17 @@ def test_a_real_model_tells_a_story():
     assert (model.name, model.num_layers, model.d_model) == ("stories260K", 5, 64)
     told = model.tokenizer.decode(model.generate(model.tokenizer.encode("Once upon a time"), 60))
     assert "there was a little girl named" in told and "She" in told
+
+
+def test_gelu_by_table_is_torch_s():
+    """Every bfloat16 number, bit for bit; float32 and inputs that want a gradient take torch's own way."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    expected = torch.nn.functional.gelu(numbers, approximate="tanh")
+    found = TanhGELU()(numbers.view(256, 256).T)
+    assert torch.equal(found.T.reshape(-1).view(torch.int16), expected.view(torch.int16))
+    x = torch.randn(5, requires_grad=True)
+    TanhGELU()(x).sum().backward()
+    assert x.grad is not None
+    y = torch.randn(5).bfloat16().requires_grad_()
+    TanhGELU()(y).sum().backward()
+    assert y.grad is not None

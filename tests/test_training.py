@@ -91,6 +91,7 @@ def test_layers_start_from_different_dictionaries(spec):
 def test_layers_do_not_influence_each_other(monkeypatch, spec):
     """Each comes out as it does alone; AuxK and resampling are at work in both."""
     monkeypatch.setattr(engine, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "DEAD_AFTER_BATCHES", 1)
     spec = spec.overridden(DictionaryOverride(d_sae=48))
     x_LND = planted_layers(4000)
     reports: list[Progress] = []

@@ -16,15 +16,19 @@ Harvested = tuple[TokenRows, Float[Tensor, "L N D"]]
 
 
 def harvest(
-    model: LanguageModel, batches: Iterable[TokenRows], layers: Sequence[int], num_threads: int = 1
+    model: LanguageModel,
+    batches: Iterable[TokenRows],
+    layers: Sequence[int],
+    num_threads: int = 1,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Iterator[Harvested]:
-    """For each batch of rows the residual stream after `layers` at its N kept tokens (row by row), as float32.
+    """For each batch of rows the residual stream after `layers` at its N kept tokens (row by row), as `dtype` (None: the model's).
 
     With several threads each takes a batch at a time and computes it alone: small models gain more from that than from
     splitting every product. The order of the batches is kept.
     """
     if num_threads == 1:
-        yield from (_read(model, rows, layers) for rows in batches)
+        yield from (_read(model, rows, layers, dtype) for rows in batches)
         return
     waiting: deque[Future[Harvested]] = deque()
     with (
@@ -32,7 +36,7 @@ def harvest(
         ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         for rows in batches:
-            waiting.append(pool.submit(_read, model, rows, layers))
+            waiting.append(pool.submit(_read, model, rows, layers, dtype))
             if len(waiting) > num_threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -40,18 +44,26 @@ def harvest(
 
 
 @torch.no_grad()
-def _read(model: LanguageModel, rows: TokenRows, layers: Sequence[int]) -> Harvested:
+def _read(model: LanguageModel, rows: TokenRows, layers: Sequence[int], dtype: torch.dtype | None) -> Harvested:
     inputs = model.inputs(rows.ids, rows.positions, rows.pieces)
     residuals = model.run(inputs, capture=layers, logits=False).residuals
-    keep = torch.from_numpy(rows.keep).to(inputs.ids.device)
-    return rows, torch.stack([residuals[layer][keep].float() for layer in layers])
+    all_BTD = residuals[layers[0]]
+    x_LND = all_BTD.new_empty(len(layers), rows.num_tokens, all_BTD.shape[-1], dtype=dtype or all_BTD.dtype)
+    if rows.keep.all():
+        for x_ND, layer in zip(x_LND, layers, strict=True):
+            x_ND.copy_(residuals[layer].flatten(0, 1))
+    else:
+        keep = torch.from_numpy(rows.keep).to(inputs.ids.device)
+        for x_ND, layer in zip(x_LND, layers, strict=True):
+            x_ND.copy_(residuals[layer][keep])
+    return rows, x_LND
 
 
 class TextSource:
     """Activations of a text for training (`training.sources.ActivationSource`).
 
     `open_rows` starts the text's rows anew; each of the `epochs` takes the first `num_tokens` of it. Batches that are
-    skipped are tokenised and not run through the model.
+    skipped are tokenised and not run through the model. Activations keep the dtype that the model computes in.
     """
 
     def __init__(
@@ -77,7 +89,7 @@ class TextSource:
                     yield rows
 
         threads = torch.get_num_threads() if self._model.device.type == "cpu" else 1
-        for _, x_LND in harvest(self._model, wanted(), self._layers, threads):
+        for _, x_LND in harvest(self._model, wanted(), self._layers, threads, dtype=None):
             yield x_LND[:, : taken.popleft()]
 
     def _all_rows(self) -> Iterator[tuple[TokenRows, int]]:

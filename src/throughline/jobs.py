@@ -127,7 +127,7 @@ def _activations(session: Session, spec: ModelSpec, layers: Sequence[int], train
         model = model.in_dtype(torch.bfloat16)
     rows = partial(_open_rows, session, spec.name)
     text = partial(TextSource, model, layers, rows, num_tokens=training.tokens)
-    bytes_on_disk = 4 * training.tokens * len(layers) * model.d_model
+    bytes_on_disk = model.hf.dtype.itemsize * training.tokens * len(layers) * model.d_model
     folder = session.run.checkpoint_folder(spec.name) / f"activations_{layers[0]:02d}"
     if wanted == "off" or training.epochs == 1:
         return text(epochs=training.epochs)

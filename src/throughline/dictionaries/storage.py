@@ -22,7 +22,7 @@ TOLERANCE = 1e-4  # relative to the largest expected number: other machines sum 
 
 def save_dictionary(dictionary: Dictionary, folder: Path, probe_ND: Tensor) -> list[str]:
     """Write a dictionary and its probe; returns the file names."""
-    write_safetensors(folder / PROBE, _probe(dictionary, probe_ND))
+    write_safetensors(folder / PROBE, _probe(dictionary, probe_ND.float()))
     return [PROBE, *saelens.write(dictionary, folder)]
 
 

@@ -19,12 +19,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.activations import NewGELUActivation
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from throughline.errors import InputError
 from throughline.models.families import FAMILIES
+from throughline.models.gelu import fuse_gelu_
 from throughline.models.language_model import LanguageModel, check_layers, quiet_transformers
 from throughline.models.random_weights import build_random, byte_tokenizer
 from throughline.study import ModelSpec
@@ -48,16 +48,8 @@ def open_model(spec: ModelSpec, device: str = "cpu", say: Callable[[str], None] 
             hf = _make_weights(path, spec, device)
     if spec.weights == "random":
         say(f"{spec.name}: {_what_is_made_up(path)}; speed and memory are real, all that is learned from it is not")
-    _fuse_activations_(hf)
+    fuse_gelu_(hf)
     return LanguageModel(spec.name, hf, tokenizer, device)
-
-
-def _fuse_activations_(hf: PreTrainedModel) -> None:
-    """GELU in its tanh form as one operation, where transformers makes it of eight: a tenth of GPT-2's forward pass."""
-    for module in hf.modules():
-        for name, child in module.named_children():
-            if type(child) is NewGELUActivation:
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:

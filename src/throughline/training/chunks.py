@@ -43,7 +43,7 @@ def read_chunks(
     """Chunks from `cursor` on, whole batches of training each; the tokens left over at the end of the source are dropped.
 
     A chunk's size is chosen for all `depth` layers of a model, so that a layer sees the same whichever others are trained
-    with it. The memory of a chunk is used again for the next one.
+    with it. The memory of a chunk is used again for the next one. Chunks are bfloat16 where the source is, else float32.
     """
     x_LCD = torch.empty(0, 0, 0)
     batch, used = cursor.batch, cursor.used
@@ -57,7 +57,8 @@ def read_chunks(
                 break
             if not x_LCD.numel():
                 L, _, D = piece.shape
-                x_LCD = piece.new_empty(L, chunk_tokens(D, batch_tokens, total_tokens, depth), D)
+                dtype = torch.bfloat16 if piece.dtype == torch.bfloat16 else torch.float32
+                x_LCD = piece.new_empty(L, chunk_tokens(D, batch_tokens, total_tokens, depth), D, dtype=dtype)
             taken = min(piece.shape[1] - used, x_LCD.shape[1] - filled)
             x_LCD[:, filled : filled + taken] = piece[:, used : used + taken]
             filled, used = filled + taken, used + taken

@@ -44,16 +44,15 @@ class Workspace:
         num_aux = max(1, num_tokens // AUX_TOKENS_DIVISOR)
         rows = num_tokens + num_aux
         self.num_aux, self.aux_room = num_aux, num_aux * max(1, d_model // 2)
-        x = torch.empty(num_tokens, d_model)
-        self.x_ND, self.x_bits_ND = x.numpy(), x.view(torch.int32).numpy()
-        rounded = torch.empty(num_tokens, d_model, dtype=torch.bfloat16)
-        self.rounded_ND = rounded.view(torch.int16).numpy()
+        x, rounded = torch.empty(num_tokens, d_model), torch.empty(num_tokens if bfloat16 else 0, d_model).bfloat16()
+        self.x_ND, self.rounded_ND = x.numpy(), rounded.view(torch.int16).numpy()
         self.x = rounded if bfloat16 else x
         self.pre = torch.empty(num_tokens, d_sae, dtype=self.x.dtype)
         self.pre_NF = self.pre.view(torch.int16).numpy() if bfloat16 else self.pre.numpy()
         self.error_ND = np.empty((num_tokens, d_model), np.float32)  # x_hat - x, where G does not have it
         self.aux_AD = np.empty((num_aux, d_model), np.float32)
         self.G_RD = np.empty((num_prefixes * num_tokens + num_aux, d_model), np.float32)
+        self.rounded_G_RD = np.empty((len(self.G_RD) if bfloat16 else 0, d_model), np.int16)
         self.starts_R, self.counts_R = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.starts_F = np.empty(d_sae + 1, np.int64)
         self.room = 0
@@ -77,15 +76,12 @@ class CompiledLayer:
         self.group, self.course, self.name = group, course, group.architecture.name
         tensors = {name: tensor[0] for name, tensor in group.tensors().items()}
         self._a = {name: tensor.numpy() for name, tensor in tensors.items()}
-        self._W_enc, self._rounded = tensors["W_enc"], tensors["W_enc"].bfloat16()
+        self._W_enc = tensors["W_enc"]
         work = 2 * course.batch_tokens * self._W_enc.numel()
         self._is_small = self.name == "topk" and work <= SMALL_PRODUCT
         self._bfloat16 = course.bfloat16 and not self._is_small
+        self._rounded = self._W_enc[: None if self._bfloat16 else 0].bfloat16()
         self._encoder = (self._rounded if self._bfloat16 else self._W_enc).T
-        self._rounded_bits, self._W_enc_bits = (
-            self._rounded.view(torch.int16).numpy(),
-            self._W_enc.view(torch.int32).numpy(),
-        )
         d_sae, self.d_model = self._W_enc.shape
         self._ends_P = np.array(prefixes(d_sae) if self.name == "matryoshka" else [d_sae])
         prefix_F = np.searchsorted(self._ends_P, np.arange(d_sae), side="right")
@@ -93,7 +89,7 @@ class CompiledLayer:
         self._scale, self._idle_F = self._a["scale"][()], self._a["idle"]
         self._dead_after = course.dead_after_of(group)
         moments = [self._a[f"{name}.{which}"] for name in ("W_enc", "b_enc", "W_dec") for which in "mv"]
-        encoder = (self._a["W_enc"], self._W_enc_bits, self._rounded_bits, self._a["b_enc"])
+        encoder = (self._a["W_enc"], self._rounded.view(torch.int16).numpy(), self._a["b_enc"])
         self._trained = (*encoder, self._a["W_dec"], *moments)
         self._zero_D = np.zeros(self.d_model, np.float32)
         self._guess = np.float32(0)  # where a selection begins to look; changes its time alone
@@ -150,7 +146,7 @@ class CompiledLayer:
             self._dead_after,
             adam_S,
             self._guess,
-            (s.x_ND, s.x_bits_ND, s.rounded_ND),
+            (s.x_ND, s.rounded_ND),
             s.pre_NF,
             codes,
             by_feature,
@@ -168,7 +164,7 @@ class CompiledLayer:
     def _step(self, chunk_CD: np.ndarray, order_N: np.ndarray, step: int, s: Workspace) -> tuple[float, float, int]:
         """One step; loss, summed squared error and active features of the batch."""
         a, N = self._a, len(s.x_ND)
-        kernels.gather(chunk_CD, order_N, a["mean"], self._scale, s.x_ND, s.x_bits_ND, s.rounded_ND)
+        kernels.gather(chunk_CD, order_N, a["mean"], self._scale, s.x_ND, s.rounded_ND)
         torch.mm(s.x, self._encoder, out=s.pre)
         num_codes, smallest = self._select(s)
         loss, error = self._decode(step, num_codes, s)
@@ -182,7 +178,8 @@ class CompiledLayer:
         codes = (s.starts_R, s.counts_R, s.features_A, s.values_A, s.slopes_A)
         kernels.transpose(num_rows, N, *codes, self._first_row_F, *by_feature)
         adam = self._adam(step)
-        gradients = (s.x_ND, s.G_RD, len(self._ends_P) * N, *by_feature)
+        rows = (s.rounded_ND, s.rounded_G_RD) if self._bfloat16 else (s.x_ND, s.G_RD)
+        gradients = (*rows, len(self._ends_P) * N, *by_feature)
         kernels.update(*gradients, *self._trained, *(self._idle_F, adam))  # pyright: ignore[reportCallIssue]
         kernels.update_bias(s.G_RD[:N], a["b_dec"], a["b_dec.m"], a["b_dec.v"], adam)
         self._after_step(step, num_codes, smallest, s)
@@ -228,11 +225,11 @@ class CompiledLayer:
         P = len(self._ends_P)
         factor = np.float32(2 / (N * D * P))
         if P > 1:
-            G_PND = s.G_RD[: P * N].reshape(P, N, D)
-            nested = (a["W_dec"], a["b_dec"], self._ends_P, *codes, factor, s.error_ND, G_PND, s.slopes_A)
-            error, total = kernels.decode_nested(s.x_ND, *nested)
+            both = (G_RD[: P * N].reshape(-1, N, D) for G_RD in (s.G_RD, s.rounded_G_RD))
+            nested = (a["W_dec"], a["b_dec"], self._ends_P, *codes, factor, s.error_ND, *both, s.slopes_A)
+            error, total = kernels.decode_nested(s.x_ND, *nested)  # pyright: ignore[reportCallIssue]
             return total / (N * D * P), error
-        error = kernels.decode(s.x_ND, a["W_dec"], a["b_dec"], *codes, factor, s.G_RD, s.slopes_A)
+        error = kernels.decode(s.x_ND, a["W_dec"], a["b_dec"], *codes, factor, s.G_RD, s.rounded_G_RD, s.slopes_A)
         if self.group.k is not None:
             return error / (N * D), error
         strength = float(self.group.controller.penalty_L[0]) * min(1.0, self.course.progress(step) / WARM_UP) / (N * D)
@@ -252,7 +249,8 @@ class CompiledLayer:
         codes = (s.starts_R[N:], s.counts_R[N:], s.features_A, s.values_A)
         kernels.select_dead(s.pre_NF[:A], a["b_enc"], dead_U, min(D // 2, len(dead_U)), start, *codes)
         factor = np.float32(2 * AUX_WEIGHT / variance)
-        error = kernels.decode(error_AD, a["W_dec"], self._zero_D, *codes, factor, s.G_RD[P * N :], s.slopes_A)
+        G = (s.G_RD[P * N :], s.rounded_G_RD[P * N :])
+        error = kernels.decode(error_AD, a["W_dec"], self._zero_D, *codes, factor, *G, s.slopes_A)
         return AUX_WEIGHT * error / variance
 
     def _adam(self, step: int) -> np.ndarray:
@@ -278,7 +276,7 @@ class CompiledLayer:
             else:
                 error_ND = torch.from_numpy(s.G_RD[:N]) * (-N * self.d_model / 2)
             resample_(group, x_ND[None], error_ND[None], step, course)
-            self._rounded.copy_(self._W_enc)
+            self._rounded.copy_(self._W_enc[: len(self._rounded)])
 
 
 def _as_array(x_CD: Tensor) -> np.ndarray:

@@ -38,8 +38,10 @@ LR_AT_256_TOKENS_512_FEATURES = 1.3e-2
 FEW_STEPS = 300
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_AFTER_SHARE = 0.01  # of the run, whichever is less
+DEAD_AFTER_BATCHES = 4  # at least: what one batch has no use for is not dead
 REPORT_SECONDS = 1.0
 SCALED_ON = 4096  # tokens that dictionaries are initialised from
+PIECE_TOKENS = 512  # of a chunk at a time: they stay in the cache
 LENGTH_FROM = 1024  # of them, on which the encoder's first length is found
 
 
@@ -95,14 +97,17 @@ def train(
             f"{model}: the text has less than one batch of {training.batch_tokens:,} tokens; "
             "set training.batch_tokens lower or give more text"
         )
-    if chunk is not None:
-        _check_finite(chunk.x_LCD, list(specs), model)
     device = "cpu" if chunk is None else str(chunk.x_LCD.device)
-    groups = _restore(found, specs, training, device) if found else _make_groups(chunk, specs, training, num_layers)
+    groups = (
+        _restore(found, specs, training, device) if found else _make_groups(chunk, specs, training, num_layers, model)
+    )
     if found:
         say(f"{model}: going on from step {step:,} of {num_steps:,}")
     bfloat16 = trains_in_bfloat16(training.precision, device)
-    dead_after = min(DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE * num_steps * training.batch_tokens)
+    dead_after = max(
+        DEAD_AFTER_BATCHES * training.batch_tokens,
+        min(DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE * num_steps * training.batch_tokens),
+    )
     course = Course(num_steps, training.batch_tokens, training.seed, dead_after, bfloat16)
     trainers = _make_trainers(groups, course, device, say)
     reporter = _Reporter(groups, training, model, num_steps, step, report)
@@ -149,12 +154,13 @@ def learning_rate(training: TrainingSpec, d_sae: int) -> float:
 
 
 def _make_groups(
-    chunk: Chunk | None, specs: dict[int, DictionarySpec], training: TrainingSpec, num_layers: int
+    chunk: Chunk | None, specs: dict[int, DictionarySpec], training: TrainingSpec, num_layers: int, model: str
 ) -> list[Group]:
     """Layers by shape, initialised from the first chunk."""
     assert chunk is not None
     first_LND, groups = chunk.x_LCD, []
-    mean_LD = first_LND.mean(1, dtype=torch.float32)
+    mean_LD = torch.stack([_mean_of(x_ND) for x_ND in first_LND])
+    _check_finite(mean_LD, list(specs), model)
     scale_L = torch.stack([_scale_of(x_ND, mean_D) for x_ND, mean_D in zip(first_LND, mean_LD, strict=True)])
     for (name, d_sae, k), layers in _by_shape(specs, first_LND.shape[2]).items():
         columns = [list(specs).index(layer) for layer in layers]
@@ -207,9 +213,14 @@ def _by_shape(specs: dict[int, DictionarySpec], d_model: int) -> dict[tuple[str,
     return by_shape
 
 
+def _mean_of(x_ND: Tensor) -> Tensor:
+    """Mean activation, piece by piece: torch is slow at sums of bfloat16."""
+    return torch.stack([piece.float().sum(0) for piece in x_ND.split(PIECE_TOKENS)]).sum(0) / len(x_ND)
+
+
 def _scale_of(x_ND: Tensor, mean_D: Tensor) -> Tensor:
-    """What brings the mean norm of centred activations to sqrt(D); piece by piece, since a chunk may fill the memory."""
-    norms = torch.cat([(piece.float() - mean_D).norm(dim=1) for piece in x_ND.split(SCALED_ON)])
+    """What brings the mean norm of centred activations to sqrt(D)."""
+    norms = torch.cat([(piece.float() - mean_D).norm(dim=1) for piece in x_ND.split(PIECE_TOKENS)])
     return math.sqrt(x_ND.shape[1]) / norms.mean()
 
 
@@ -279,9 +290,9 @@ def _make_trainers(groups: Sequence[Group], course: Course, device: str, say: Ca
     return ([CompiledTrainer(fast, course, torch.get_num_threads())] if fast else []) + trainers
 
 
-def _check_finite(x_LND: Float[Tensor, "L N D"], layers: list[int], model: str) -> None:
-    for layer, x_ND in zip(layers, x_LND, strict=True):
-        if not x_ND.sum(dtype=torch.float32).isfinite():  # a sum shows it in one pass
+def _check_finite(mean_LD: Float[Tensor, "L D"], layers: list[int], model: str) -> None:
+    for layer, mean_D in zip(layers, mean_LD, strict=True):
+        if not mean_D.isfinite().all():  # one entry that is not finite makes its mean so
             raise TrainingError(
                 f"{model} layer {layer}: its activations are not all finite; if its dtype is float16, try float32"
             )

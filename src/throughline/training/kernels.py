@@ -18,146 +18,91 @@ so results depend on neither threads nor timing. NaN and infinity keep their mea
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba import njit
 
-# reassociation lets sums be vectorised; NaN and infinity are left alone, since training must notice them
-FAST = {"reassoc", "contract", "nsz"}
-MOST_GUESSES = 48
+from throughline.training.lanes import FAST, LANES, count_above, entries_above, keep_above, narrow, number
 
-
-def _load(row: Any, out_bits: Any, out: Any) -> None:
-    """Copy a row of float32, or of bfloat16 given as int16, to float32. `out_bits` is `out` seen as int32."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(_load, inline="always")
-def _load_compiled(row: Any, out_bits: Any, out: Any) -> Any:
-    if row.dtype == types.int16:
-
-        def load_bfloat16(row: Any, out_bits: Any, out: Any) -> None:
-            for i in range(len(row)):
-                out_bits[i] = np.int32(row[i]) << 16
-
-        return load_bfloat16
-
-    def load_float32(row: Any, out_bits: Any, out: Any) -> None:
-        for i in range(len(row)):
-            out[i] = row[i]
-
-    return load_float32
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
-def _round_to_bfloat16(bits_in: Any, out: Any) -> None:
-    """Nearest bfloat16, ties to even, of float32 numbers; both as integers."""
-    for i in range(len(bits_in)):
-        bits = bits_in[i]
-        out[i] = (bits + np.int32(0x7FFF) + ((bits >> 16) & np.int32(1))) >> 16
+MOST_GUESSES = 12  # of the limit of a row; what is too much then goes one by one
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def gather(chunk_CD: Any, order_N: Any, mean_D: Any, scale: Any, x_ND: Any, x_bits_ND: Any, rounded_ND: Any) -> None:
-    """x = scale * (chunk[order] - mean), and the same as bfloat16. `x_bits_ND` is `x_ND` seen as int32."""
+def gather(chunk_CD: Any, order_N: Any, mean_D: Any, scale: Any, x_ND: Any, rounded_ND: Any) -> None:
+    """x = scale * (chunk[order] - mean), and the same as bfloat16 if `rounded_ND` has rows."""
     for n in range(len(order_N)):
-        x_D = x_ND[n]
-        _load(chunk_CD[order_N[n]], x_bits_ND[n], x_D)
+        given_D, x_D = chunk_CD[order_N[n]], x_ND[n]
         for d in range(len(x_D)):
-            x_D[d] = scale * (x_D[d] - mean_D[d])
-        _round_to_bfloat16(x_bits_ND[n], rounded_ND[n])
+            x_D[d] = scale * (number(given_D[d]) - mean_D[d])
+        if len(rounded_ND):
+            _round(x_D, rounded_ND[n])
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+def _round(from_D: Any, to_D: Any) -> None:
+    """Numbers as bfloat16."""
+    for d in range(len(from_D)):
+        to_D[d] = narrow(from_D[d])
 
 
 # ---- codes
 
 
-@intrinsic
-def _trailing_zeros(_context: Any, word: Any) -> Any:
-    """How many low bits of an integer other than 0 are 0."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return word(word), generate
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
-def _indices_above(row_F: Any, limit: Any, flag_F: Any, words: Any, index_F: Any) -> int:
-    """Where a row is above `limit`, ascending; how many that are. `words` is `flag_F` seen as uint64, padded with 0."""
-    for f in range(len(row_F)):
-        flag_F[f] = row_F[f] > limit
-    num = 0
-    for w in range(len(words)):
-        word = words[w]
-        while word != 0:
-            index_F[num] = 8 * w + (_trailing_zeros(word) >> 3)  # pyright: ignore[reportCallIssue]
-            num += 1
-            word &= word - np.uint64(1)  # the flag is one bit of its byte
-    return num
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
-def _count_above(row_F: Any, limit: Any) -> int:
-    count = np.float32(0)  # exact below 2**24, and as wide as what is compared
-    for f in range(len(row_F)):
-        count += np.float32(1) if row_F[f] > limit else np.float32(0)
-    return int(count)
-
-
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def _top_of_row(
-    row_F: Any, k: int, guess: Any, flag_F: Any, words: Any, index_F: Any, value_F: Any, features_K: Any, values_K: Any
+    row_F: Any, bias_F: Any, k: int, guess: Any, index_A: Any, value_A: Any, features_K: Any, values_K: Any
 ) -> Any:
-    """The k largest positive entries of a row, by ascending feature; how many there are, and a guess for the next row.
+    """The k largest positive entries of row + bias, by ascending feature; how many there are, and a guess for the next row.
 
-    A limit is moved until at least k and not many more entries lie above it; the surplus is then taken away smallest
-    first (the later feature first among equals). The result does not depend on `guess`, only the time does.
+    Entries above a limit are taken out, some times as many as wanted if the guess was good; a higher limit is then moved
+    until k lie above it, or nearly; the surplus goes smallest first (the later feature first among equals). The result does
+    not depend on `guess`, only the time does.
     """
     zero, infinity = np.float32(0), np.float32(np.inf)
-    enough = k + max(k // 4, 4)
-    low, high, limit = zero, infinity, guess
-    if not (limit > zero and limit < infinity):
-        limit = np.float32(1e-3)
-    for attempt in range(MOST_GUESSES):
-        count = _count_above(row_F, limit)
-        if count >= k:
-            low = limit
-            if count <= enough:
-                break
-            step = limit * np.float32(1.25) if high == infinity else np.float32(0.5) * (limit + high)
-        else:
-            if limit == zero:
-                break
-            high = limit
-            if low > zero:
-                step = np.float32(0.5) * (low + limit)
-            else:
-                step = limit * np.float32(0.75) if attempt < 8 else zero
-        if step >= high or (step == low and low > zero):  # equal entries lie between
+    limit = guess if guess > zero and guess < infinity else zero
+    num = entries_above(row_F, bias_F, limit, index_A, value_A)
+    while num < k and limit > zero:
+        limit = limit * np.float32(0.7) if limit > np.float32(1e-3) else zero
+        num = entries_above(row_F, bias_F, limit, index_A, value_A)
+    for a in range(LANES):
+        value_A[num + a] = zero
+    low, high = limit, infinity
+    step = limit * np.float32(1.25) if limit > zero else np.float32(1e-3)
+    found = num  # above `low`, at least k if there are so many
+    for _ in range(MOST_GUESSES):
+        if found <= k:
             break
-        limit = step
-    limit = low  # at least k lie above it, or it is 0
-    num = _indices_above(row_F, limit, flag_F, words, index_F)
-    for i in range(num):
-        value_F[i] = row_F[index_F[i]]
-    surplus = num - k
-    while surplus > 0:
-        least = value_F[0]
-        for i in range(1, num):
-            least = value_F[i] if value_F[i] < least else least
-        for back in range(num):
-            i = num - 1 - back
-            if surplus > 0 and value_F[i] == least:
-                value_F[i] = infinity
-                surplus -= 1
+        count = count_above(value_A, num, step)
+        if count >= k:
+            low, found = step, count
+            step = step * np.float32(1.25) if high == infinity else np.float32(0.5) * (step + high)
+        else:
+            high = step
+            step = np.float32(0.5) * (low + step)
+        if step >= high or step <= low:  # equal entries lie between
+            break
+    num = keep_above(index_A, value_A, num, low)
+    for _ in range(num - k):
+        least = value_A[0]
+        for a in range(1, num):
+            least = value_A[a] if value_A[a] < least else least
+        last = num - 1
+        while value_A[last] != least:
+            last -= 1
+        value_A[last] = infinity
     kept, least = 0, infinity
-    for i in range(num):
-        value = value_F[i]
+    for a in range(num):
+        value = value_A[a]
         if value < infinity and kept < k:
-            features_K[kept], values_K[kept] = index_F[i], value
+            features_K[kept], values_K[kept] = index_A[a], value
             least = value if value < least else least
             kept += 1
-    return kept, (least * np.float32(0.95) if kept == k else guess)
+    return kept, (least if kept == k else zero)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+def _follow(guess: Any, least: Any) -> Any:
+    """Where the next row begins to look: well below where rows end, for one that ends too low is looked at twice."""
+    wanted = np.float32(0.7) * least
+    return wanted if guess == np.float32(0) or wanted < guess else guess + np.float32(0.1) * (wanted - guess)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -165,21 +110,15 @@ def select_topk(
     pre_NF: Any, b_enc_F: Any, k: int, guess: Any, starts_R: Any, counts_R: Any, features_A: Any, values_A: Any
 ) -> Any:
     """Codes of the k largest positive pre-activations of each token; returns a guess for the next batch."""
-    num_features = len(b_enc_F)
-    row_F = np.empty(num_features, np.float32)
-    bits_F, value_F = row_F.view(np.int32), np.empty(num_features + 1, np.float32)
-    index_F = np.empty(num_features + 1, np.int32)
-    words = np.zeros((num_features + 7) // 8, np.uint64)
-    flag_F = words.view(np.uint8)
+    room = len(b_enc_F) + LANES
+    value_F, index_F = np.empty(room, np.float32), np.empty(room, np.int32)
     for n in range(len(pre_NF)):
-        _load(pre_NF[n], bits_F, row_F)
-        for f in range(num_features):
-            row_F[f] += b_enc_F[f]
         start = n * k
         starts_R[n] = start
-        counts_R[n], guess = _top_of_row(
-            row_F, k, guess, flag_F, words, index_F, value_F, features_A[start : start + k], values_A[start : start + k]
+        counts_R[n], least = _top_of_row(
+            pre_NF[n], b_enc_F, k, guess, index_F, value_F, features_A[start : start + k], values_A[start : start + k]
         )
+        guess = _follow(guess, least)
     return guess
 
 
@@ -199,22 +138,20 @@ def select_dead(
 
     Codes are written from `start` on; returns where they end.
     """
-    num_features, num_dead = len(b_enc_F), len(dead_U)
-    row_F = np.empty(num_features, np.float32)
-    bits_F = row_F.view(np.int32)
-    row_U, value_U = np.empty(num_dead, np.float32), np.empty(num_dead + 1, np.float32)
-    index_U = np.empty(num_dead + 1, np.int32)
-    words = np.zeros((num_dead + 7) // 8, np.uint64)
-    flag_U = words.view(np.uint8)
+    num_dead = len(dead_U)
+    row_U, bias_U = np.empty(num_dead, pre_NF.dtype), np.empty(num_dead, np.float32)
+    value_U, index_U = np.empty(num_dead + LANES, np.float32), np.empty(num_dead + LANES, np.int32)
     chosen_K = np.empty(k_aux, np.int32)
+    for u in range(num_dead):
+        bias_U[u] = b_enc_F[dead_U[u]]
     guess = np.float32(0)
     for n in range(len(pre_NF)):
-        _load(pre_NF[n], bits_F, row_F)
         for u in range(num_dead):
-            row_U[u] = row_F[dead_U[u]] + b_enc_F[dead_U[u]]
-        count, guess = _top_of_row(
-            row_U, k_aux, guess, flag_U, words, index_U, value_U, chosen_K, values_A[start : start + k_aux]
+            row_U[u] = pre_NF[n, dead_U[u]]
+        count, least = _top_of_row(
+            row_U, bias_U, k_aux, guess, index_U, value_U, chosen_K, values_A[start : start + k_aux]
         )
+        guess = _follow(guess, least)
         starts_N[n], counts_N[n] = start, count
         for i in range(count):
             features_A[start + i] = dead_U[chosen_K[i]]
@@ -227,21 +164,14 @@ def select_above(
     pre_NF: Any, b_enc_F: Any, limit: Any, starts_R: Any, counts_R: Any, features_A: Any, values_A: Any
 ) -> int:
     """Codes of all pre-activations above `limit`; how many there are, also if that is more than fit into `features_A`."""
-    num_features, room = len(b_enc_F), len(features_A)
-    row_F = np.empty(num_features, np.float32)
-    bits_F, index_F = row_F.view(np.int32), np.empty(num_features + 1, np.int32)
-    words = np.zeros((num_features + 7) // 8, np.uint64)
-    flag_F = words.view(np.uint8)
+    room = len(features_A)
+    value_F, index_F = np.empty(len(b_enc_F) + LANES, np.float32), np.empty(len(b_enc_F) + LANES, np.int32)
     start = 0
     for n in range(len(pre_NF)):
-        _load(pre_NF[n], bits_F, row_F)
-        for f in range(num_features):
-            row_F[f] += b_enc_F[f]
-        num = _indices_above(row_F, limit, flag_F, words, index_F)
+        num = entries_above(pre_NF[n], b_enc_F, limit, index_F, value_F)
         starts_R[n], counts_R[n] = start, num
         if start + num <= room:
-            for i in range(num):
-                features_A[start + i], values_A[start + i] = index_F[i], row_F[index_F[i]]
+            features_A[start : start + num], values_A[start : start + num] = index_F[:num], value_F[:num]
         start += num
     return start
 
@@ -283,12 +213,13 @@ def _add_rows(out_D: Any, rows: Any, index_A: Any, weight_A: Any, first: int, la
         row0, row1, row2, row3 = rows[index_A[a]], rows[index_A[a + 1]], rows[index_A[a + 2]], rows[index_A[a + 3]]
         w0, w1, w2, w3 = weight_A[a], weight_A[a + 1], weight_A[a + 2], weight_A[a + 3]
         for d in range(len(out_D)):
-            out_D[d] += w0 * row0[d] + w1 * row1[d] + w2 * row2[d] + w3 * row3[d]
+            first_two = w0 * number(row0[d]) + w1 * number(row1[d])
+            out_D[d] += first_two + (w2 * number(row2[d]) + w3 * number(row3[d]))
         a += 4
     while a < last:
         row, w = rows[index_A[a]], weight_A[a]
         for d in range(len(out_D)):
-            out_D[d] += w * row[d]
+            out_D[d] += w * number(row[d])
         a += 1
 
 
@@ -298,6 +229,25 @@ def _dot(a_D: Any, b_D: Any) -> Any:
     for d in range(len(a_D)):
         total += a_D[d] * b_D[d]
     return total
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+def _dots(a_D: Any, rows: Any, index_A: Any, first: int, last: int, out_A: Any) -> None:
+    """out = <a, row> for entries first to last, four at a time: fewer reads of `a`, and sums that do not wait for each other."""
+    a = first
+    while a + 4 <= last:
+        row0, row1, row2, row3 = rows[index_A[a]], rows[index_A[a + 1]], rows[index_A[a + 2]], rows[index_A[a + 3]]
+        sum0 = sum1 = sum2 = sum3 = np.float32(0)
+        for d in range(len(a_D)):
+            sum0 += a_D[d] * row0[d]
+            sum1 += a_D[d] * row1[d]
+            sum2 += a_D[d] * row2[d]
+            sum3 += a_D[d] * row3[d]
+        out_A[a], out_A[a + 1], out_A[a + 2], out_A[a + 3] = sum0, sum1, sum2, sum3
+        a += 4
+    while a < last:
+        out_A[a] = _dot(a_D, rows[index_A[a]])
+        a += 1
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -311,9 +261,13 @@ def decode(
     values_A: Any,
     factor: Any,
     G_ND: Any,
+    rounded_ND: Any,
     slopes_A: Any,
 ) -> float:
-    """G = factor * (x_hat - x), slopes = <G, W_dec> of active features; returns the sum of squared errors."""
+    """G = factor * (x_hat - x), slopes = <G, W_dec> of active features; returns the sum of squared errors.
+
+    If `rounded_ND` has rows, it receives G as bfloat16.
+    """
     total = 0.0
     for n in range(len(x_ND)):
         first, last = starts_N[n], starts_N[n] + counts_N[n]
@@ -324,8 +278,9 @@ def decode(
         total += _dot(G_D, G_D)
         for d in range(len(x_D)):
             G_D[d] *= factor
-        for a in range(first, last):
-            slopes_A[a] = _dot(G_D, W_dec_FD[features_A[a]])
+        if len(rounded_ND):
+            _round(G_D, rounded_ND[n])
+        _dots(G_D, W_dec_FD, features_A, first, last, slopes_A)
     return total
 
 
@@ -342,12 +297,14 @@ def decode_nested(
     factor: Any,
     error_ND: Any,
     G_PND: Any,
+    rounded_PND: Any,
     slopes_A: Any,
 ) -> Any:
     """Matryoshka: features before ends[p] make reconstruction p on their own; the loss adds up over p.
 
     G[p] = factor * sum over q >= p of (x_hat_q - x): what a feature first used in prefix p sees. `error_ND` receives
-    x_hat - x of the whole dictionary. Returns the squared errors of the last prefix and of all.
+    x_hat - x of the whole dictionary, `rounded_PND`, if it has rows, G as bfloat16. Returns the squared errors of the last
+    prefix and of all.
     """
     num_prefixes, last_total, total = len(ends_P), 0.0, 0.0
     cuts_P = np.empty(num_prefixes + 1, np.int64)
@@ -375,8 +332,9 @@ def decode_nested(
             for d in range(len(x_D)):
                 G_PND[p, n, d] += G_PND[p + 1, n, d]
         for p in range(num_prefixes):
-            for a in range(cuts_P[p], cuts_P[p + 1]):
-                slopes_A[a] = _dot(G_PND[p, n], W_dec_FD[features_A[a]])
+            if len(rounded_PND):
+                _round(G_PND[p, n], rounded_PND[p, n])
+            _dots(G_PND[p, n], W_dec_FD, features_A, cuts_P[p], cuts_P[p + 1], slopes_A)
     return last_total, total
 
 
@@ -450,7 +408,6 @@ def update(
     value_A: Any,
     slope_A: Any,
     W_enc_FD: Any,
-    W_enc_bits_FD: Any,
     rounded_FD: Any,
     b_enc_F: Any,
     W_dec_FD: Any,
@@ -465,9 +422,9 @@ def update(
 ) -> None:
     """Gradients and Adam for every feature; the decoder's row loses the gradient along it and returns to unit norm.
 
-    `adam` is rate, root (both with bias correction), beta1, beta2, epsilon. `W_enc_bits_FD` is `W_enc_FD` seen as int32;
-    `rounded_FD` receives it as bfloat16. Rows of G from `aux_row` on are AuxK's. `idle_F` counts the tokens since a
-    feature last fired.
+    `x_ND` and `G_RD` are float32, or bfloat16 both. `adam` is rate, root (both with bias correction), beta1, beta2, epsilon.
+    `rounded_FD` receives W_enc as bfloat16, if it has rows. Rows of G from `aux_row` on are AuxK's. `idle_F` counts the
+    tokens since a feature last fired.
     """
     num_tokens = len(x_ND)
     one, tiny = np.float32(1), np.float32(1e-8)
@@ -486,7 +443,8 @@ def update(
         idle_F[f] = 0 if fired else idle_F[f] + num_tokens
 
         _descend(to_enc_D, W_enc_FD[f], m_enc_FD[f], v_enc_FD[f], adam)
-        _round_to_bfloat16(W_enc_bits_FD[f], rounded_FD[f])
+        if len(rounded_FD):
+            _round(W_enc_FD[f], rounded_FD[f])
         to_bias_F[f] = to_bias
 
         W_dec_D = W_dec_FD[f]
@@ -565,22 +523,25 @@ def steps_topk(
     Returns the steps done (fewer if a loss is not finite), loss and squared error of the last, its active features, and the
     next guess.
     """
-    x_ND, x_bits_ND, rounded_ND = tokens
+    x_ND, rounded_ND = tokens
     starts_R, counts_R, features_A, values_A, slopes_A = codes
     starts_F, token_A, row_A, value_A, slope_A = by_feature
-    W_enc_FD, W_enc_bits_FD, rounded_FD, b_enc_F, W_dec_FD, m_enc, v_enc, m_bias, v_bias, m_dec, v_dec = trained
+    W_enc_FD, rounded_FD, b_enc_F, W_dec_FD, m_enc, v_enc, m_bias, v_bias, m_dec, v_dec = trained
     b_dec_D, m_b_dec_D, v_b_dec_D = bias
     N, D = x_ND.shape
     A = len(error_AD)
     first_row_F = np.zeros(len(b_enc_F), np.int64)
     zero_D = np.zeros(D, np.float32)
+    none_ND = np.empty((0, D), np.int16)
     factor = np.float32(2 / (N * D))
     loss, error, num_codes = 0.0, 0.0, 0
     for step in range(len(adam_S)):
-        gather(chunk_CD, order_C[step * N : (step + 1) * N], mean_D, scale, x_ND, x_bits_ND, rounded_ND)
+        gather(chunk_CD, order_C[step * N : (step + 1) * N], mean_D, scale, x_ND, rounded_ND)
         np.dot(x_ND, W_enc_FD.T, pre_NF)
         guess = select_topk(pre_NF, b_enc_F, k, guess, starts_R, counts_R, features_A, values_A)
-        error = decode(x_ND, W_dec_FD, b_dec_D, starts_R, counts_R, features_A, values_A, factor, G_RD, slopes_A)
+        error = decode(
+            x_ND, W_dec_FD, b_dec_D, starts_R, counts_R, features_A, values_A, factor, G_RD, none_ND, slopes_A
+        )
         loss = error / (N * D)
         num_codes = counts_R[:N].sum()
         if not np.isfinite(loss):
@@ -594,7 +555,7 @@ def steps_topk(
             select_dead(pre_NF[:A], b_enc_F, dead_U, k_aux, N * k, starts_A, counts_A, features_A, values_A)
             push = np.float32(2 * aux_weight / variance)
             rest = decode(
-                error_AD, W_dec_FD, zero_D, starts_A, counts_A, features_A, values_A, push, G_RD[N:], slopes_A
+                error_AD, W_dec_FD, zero_D, starts_A, counts_A, features_A, values_A, push, G_RD[N:], none_ND, slopes_A
             )
             loss += aux_weight * rest / variance
             num_rows += A
@@ -604,7 +565,7 @@ def steps_topk(
         )  # fmt: skip
         adam = adam_S[step]
         update(
-            x_ND, G_RD, N, starts_F, token_A, row_A, value_A, slope_A, W_enc_FD, W_enc_bits_FD, rounded_FD, b_enc_F,
+            x_ND, G_RD, N, starts_F, token_A, row_A, value_A, slope_A, W_enc_FD, rounded_FD, b_enc_F,
             W_dec_FD, m_enc, v_enc, m_bias, v_bias, m_dec, v_dec, idle_F, adam,
         )  # fmt: skip
         update_bias(G_RD[:N], b_dec_D, m_b_dec_D, v_b_dec_D, adam)

@@ -85,9 +85,9 @@ def _shape_of(piece: Any, what: str) -> tuple[int, int, int]:
 
 
 def _as_batch(piece: Piece) -> Tensor:
-    """[L, n, D] float32, a copy where the piece is a view of a file."""
+    """[L, n, D], bfloat16 if the piece is, else float32; a copy where it is a view of a file."""
     tensor = piece if isinstance(piece, Tensor) else torch.from_numpy(np.array(piece, dtype=np.float32))
-    tensor = tensor.detach().float()
+    tensor = tensor.detach() if tensor.dtype == torch.bfloat16 else tensor.detach().float()
     return tensor[None] if tensor.ndim == 2 else tensor
 
 
