@@ -17,15 +17,13 @@ import numpy as np
 import torch
 
 from throughline.dictionaries import save_dictionary
-from throughline.harvesting import TextSource
+from throughline.harvesting import TextSource, tokens_of_a_pass
 from throughline.models import LanguageModel, open_model
 from throughline.study import DictionarySpec, ModelSpec, TrainingSpec
 from throughline.tokens import TokenRows
 from throughline.training import Progress, train
 from throughline.training.precision import harvests_in_bfloat16
 from throughline.training.sources import ArraySource
-
-HARVEST_TOKENS = 1024  # a forward pass
 
 
 def rows_of(ids: np.ndarray, special_ids: set[int]) -> TokenRows:
@@ -54,7 +52,7 @@ def open_source(model: LanguageModel, layers: range, ids: np.ndarray, precision:
         model = model.in_dtype(torch.bfloat16)
 
     def batches() -> Iterator[TokenRows]:
-        step = max(1, HARVEST_TOKENS // ids.shape[1])
+        step = max(1, tokens_of_a_pass(model) // ids.shape[1])
         for start in range(0, len(ids), step):
             yield rows_of(ids[start : start + step], special)
 

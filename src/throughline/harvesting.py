@@ -13,6 +13,14 @@ from throughline.models.language_model import quiet_transformers
 from throughline.tokens import TokenRows
 
 Harvested = tuple[TokenRows, Float[Tensor, "L N D"]]
+TOKENS_ON_GPU = 16_384
+
+
+def tokens_of_a_pass(model: LanguageModel) -> int:
+    """How many tokens go through a model at once: what a processor's cache holds, or enough to keep a GPU busy."""
+    if model.device.type != "cpu":
+        return TOKENS_ON_GPU
+    return 1024 if model.d_model >= 256 else 2048
 
 
 def harvest(

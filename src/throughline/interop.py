@@ -15,8 +15,8 @@ from torch import Tensor
 from throughline.dictionaries import Dictionary, load_dictionary, save_dictionary
 from throughline.dictionaries.formats import read_foreign, require_held, write_foreign
 from throughline.errors import InputError
-from throughline.harvesting import harvest
-from throughline.jobs import HARVEST_TOKENS, PROBE_TOKENS, place_of
+from throughline.harvesting import harvest, tokens_of_a_pass
+from throughline.jobs import PROBE_TOKENS, place_of
 from throughline.model_card import hook_name, write_model_card
 from throughline.pipeline import check_layers
 from throughline.records import LayerQuality
@@ -125,7 +125,7 @@ def export_dictionaries(
 def _heldout_activations(session: Session, name: str, layer: int) -> Tensor:
     """The model's activations [N, D] of the first held-out tokens."""
     data, context = session.study.data, session.context(name)
-    rows = max(1, HARVEST_TOKENS // context)
+    rows = max(1, tokens_of_a_pass(session.model(name)) // context)
     documents = read_documents(data, "heldout", session.study.training.seed)
     batches = stream_rows(documents, session.model(name).tokenizer, context, rows, data.keep_special_tokens)
     found = next(harvest(session.model(name), batches, [layer]), None)

@@ -17,7 +17,7 @@ import torch
 
 from throughline.dictionaries import save_dictionary
 from throughline.errors import InputError
-from throughline.harvesting import TextSource
+from throughline.harvesting import TextSource, tokens_of_a_pass
 from throughline.registry import ARCHITECTURES
 from throughline.run_dir import digest_key
 from throughline.session import Session
@@ -32,8 +32,6 @@ from throughline.training.memory import bytes_of_layer, free_bytes, split_blocks
 from throughline.training.precision import harvests_in_bfloat16
 from throughline.training.sources import ActivationSource
 
-HARVEST_TOKENS = 2048  # a forward pass: small enough for the cache of a processor
-HARVEST_TOKENS_ON_GPU = 16_384
 PROBE_TOKENS = 16
 MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
 DISK_BYTES_PER_SECOND = 5e8  # written once and read: what a cache costs, cautiously
@@ -165,9 +163,9 @@ def _cache_is_cheaper(session: Session, text: TextSource, bytes_on_disk: int, tr
 def _open_rows(session: Session, name: str) -> Iterable[TokenRows]:
     """The training text as a model's tokens, a forward pass at a time."""
     study, model, context = session.study, session.model(name), session.context(name)
-    tokens = HARVEST_TOKENS if model.device.type == "cpu" else HARVEST_TOKENS_ON_GPU
+    rows = max(1, tokens_of_a_pass(model) // context)
     documents = read_documents(study.data, "train", study.training.seed)
-    return stream_rows(documents, model.tokenizer, context, max(1, tokens // context), study.data.keep_special_tokens)
+    return stream_rows(documents, model.tokenizer, context, rows, study.data.keep_special_tokens)
 
 
 def _tokens_of_an_epoch(session: Session, name: str) -> int:

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from throughline.dictionaries.auxk import auxk_loss
 from throughline.dictionaries.jumprelu import JumpReLU
-from throughline.dictionaries.stack import Stack, StepLoss
+from throughline.dictionaries.stack import Architecture, Stack, StepLoss
 
 # Weight of the newest batch in the running mean (SAELens; dictionary_learning has 0.001, longer than a short run); the first
 # batches weigh the same, so that nothing is left of where it started.
 THRESHOLD_RATE = 0.01
 
 
-class BatchTopK:
+class BatchTopK(Architecture):
     """Option in training: k. Weights of its own: `threshold`, measured, not trained."""
 
     name = "batch_topk"
@@ -31,15 +31,6 @@ class BatchTopK:
     starved_after = 20.0
     activate = JumpReLU.activate
     fold = JumpReLU.fold
-
-    @staticmethod
-    def options(**_: Any) -> dict[str, Any]:
-        """Nothing: k is in the threshold."""
-        return {}
-
-    @staticmethod
-    def first_penalty(l1: float, d_model: int) -> None:
-        """None: k says how many features are active."""
 
     @staticmethod
     def extra(shape: tuple[int, int, int]) -> dict[str, Tensor]:

@@ -14,28 +14,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from throughline.dictionaries.relu import WARM_UP
-from throughline.dictionaries.stack import Stack, StepLoss
+from throughline.dictionaries.stack import Architecture, Stack, StepLoss
 
 
-class Gated:
+class Gated(Architecture):
     """Weights of its own: `r_mag`, `b_mag`. No options."""
 
     name = "gated"
     inference = "gated"
-    starved_after = None
 
     @staticmethod
     def activate(
         pre_NF: Float[Tensor, "N F"], options: dict[str, Any], weights: dict[str, Tensor]
     ) -> Float[Tensor, "N F"]:
         """Magnitudes where the gate, which `pre_NF` is, is open."""
-        magnitude_NF = (pre_NF - weights["b_enc"]) * weights["r_mag"].exp() + weights["b_mag"]
-        return torch.where(pre_NF > 0, magnitude_NF, 0).relu()
-
-    @staticmethod
-    def options(**_: Any) -> dict[str, Any]:
-        """Nothing: the penalty matters in training only."""
-        return {}
+        return magnitudes(pre_NF, weights["b_enc"], weights["r_mag"], weights["b_mag"])
 
     @staticmethod
     def first_penalty(l1: float, d_model: int) -> float:
@@ -66,10 +59,10 @@ class Gated:
     ) -> StepLoss:
         """Loss of every layer on centred, scaled activations."""
         r_mag_LF, b_mag_LF = stack.extra_LF["r_mag"], stack.extra_LF["b_mag"]
+        per_feature = (weight_LF[:, None] for weight_LF in (stack.b_enc_LF, r_mag_LF, b_mag_LF))
         pre_LNF = stack.pre_activations(x_LND)
         gate_LNF = pre_LNF.relu()
-        magnitude_LNF = (pre_LNF - stack.b_enc_LF[:, None]) * r_mag_LF.exp()[:, None] + b_mag_LF[:, None]
-        f_LNF = torch.where(pre_LNF > 0, magnitude_LNF, 0).relu()
+        f_LNF = magnitudes(pre_LNF, *per_feature)
         x_hat_LND = f_LNF @ stack.W_dec_LFD + stack.b_dec_LD[:, None]
         by_gate_LND = gate_LNF @ stack.W_dec_LFD.detach() + stack.b_dec_LD.detach()[:, None]
         error_L = (x_LND - x_hat_LND).square().sum(-1).mean(1)
@@ -79,6 +72,7 @@ class Gated:
         loss_L = (error_L + penalty_L * penalized_L + auxiliary_L) / x_LND.shape[-1]
         return StepLoss(loss_L, x_hat_LND, (f_LNF > 0).sum(1))
 
-    @staticmethod
-    def after_step_(stack: Stack, losses: StepLoss, trim_L: Float[Tensor, "L"]) -> None:
-        """Nothing."""
+
+def magnitudes(gate: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
+    """How active features are whose gate, z, is positive; 0 elsewhere."""
+    return torch.where(gate > 0, (gate - b_gate) * r_mag.exp() + b_mag, 0).relu()

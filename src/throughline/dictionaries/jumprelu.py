@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from throughline.dictionaries.relu import WARM_UP
-from throughline.dictionaries.stack import Stack, StepLoss
+from throughline.dictionaries.stack import Architecture, Stack, StepLoss
 
 # The paper has threshold and bandwidth 0.001 where E|x|^2 = 1; activations scale with |x|, here sqrt(D). A window so narrow
 # holds one token in thousands, which runs of 10^9 tokens can afford and ours cannot. Chosen by that argument, not by a sweep.
@@ -27,12 +27,11 @@ BANDWIDTH = 0.05  # of sqrt(D)
 PENALTY = 0.012  # of D: where the controller starts
 
 
-class JumpReLU:
+class JumpReLU(Architecture):
     """Weights of its own: `threshold`. No options."""
 
     name = "jumprelu"
     inference = "jumprelu"
-    starved_after = None
 
     @staticmethod
     def activate(
@@ -40,11 +39,6 @@ class JumpReLU:
     ) -> Float[Tensor, "N F"]:
         """Entries above their feature's threshold (and 0) stay, others become zero."""
         return torch.where(pre_NF > weights["threshold"], pre_NF, 0).relu()
-
-    @staticmethod
-    def options(**_: Any) -> dict[str, Any]:
-        """Nothing: the penalty matters in training only."""
-        return {}
 
     @staticmethod
     def first_penalty(l1: float, d_model: int) -> float:

@@ -9,18 +9,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from throughline.dictionaries.stack import Stack, StepLoss
+from throughline.dictionaries.stack import Architecture, Stack, StepLoss
 
 WARM_UP = 0.1
 TRIM = 0.5  # of an activation's usual size, which is near 1 at the scale of training
 
 
-class ReLU:
+class ReLU(Architecture):
     """Options: none at inference; the L1 coefficient of each layer in training."""
 
     name = "relu"
     inference = "relu"
-    starved_after = None
+    # A tenth of the features on a token. With half of them, which biases of 0 give, a short run ends with several times the
+    # features at twice the error.
+    first_bias = 1.3
 
     @staticmethod
     def activate(
@@ -30,24 +32,9 @@ class ReLU:
         return pre_NF.relu()
 
     @staticmethod
-    def options(**_: Any) -> dict[str, Any]:
-        """Nothing: the penalty matters in training only."""
-        return {}
-
-    @staticmethod
     def first_penalty(l1: float, d_model: int) -> float:
         """The study's L1 coefficient."""
         return l1
-
-    @staticmethod
-    def extra(shape: tuple[int, int, int]) -> dict[str, Tensor]:
-        """No further weights."""
-        return {}
-
-    @staticmethod
-    def fold(extra: dict[str, Tensor], norm_F: Tensor, scale: float, offset_F: Tensor) -> dict[str, Tensor]:
-        """Nothing to fold."""
-        return {}
 
     @staticmethod
     def loss(

@@ -4,7 +4,7 @@ Stacked, one batched product serves all layers, and one optimizer step too; noth
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,34 +25,38 @@ class StepLoss(NamedTuple):
     )
 
 
-class Architecture(Protocol):
-    """What the file of an architecture provides. Nothing has state; what training remembers is in the stack."""
+class Architecture:
+    """What the file of an architecture provides; what most have not is nothing here.
+
+    Nothing has state; what training remembers is in the stack.
+    """
 
     name: str
     inference: str  # the architecture that a trained dictionary is saved as
-    starved_after: (
-        float | None
-    )  # dead if silent for as many tokens as an average feature takes to fire so often; None: no such rule
+    # dead if silent for as many tokens as an average feature takes to fire so often; None: no such rule
+    starved_after: float | None = None
+    # a feature fires at first on what lies so many standard deviations of its pre-activation above the mean
+    first_bias: float = 0.0
 
     @staticmethod
     def activate(pre_NF: Tensor, options: dict[str, Any], weights: dict[str, Tensor]) -> Tensor:
         """Features of pre-activations, same shape, zero where inactive; `weights` are `b_enc` and the dictionary's `extra`."""
-        ...
+        raise NotImplementedError
 
     @staticmethod
     def options(**settings: Any) -> dict[str, Any]:
         """What of the settings (`k`) a saved dictionary needs beside its weights."""
-        ...
+        return {}
 
     @staticmethod
     def first_penalty(l1: float, d_model: int) -> float | None:
         """Coefficient of the sparsity penalty to start from; None if there is none and `k` says how many features are active."""
-        ...
+        return None
 
     @staticmethod
     def extra(shape: tuple[int, int, int]) -> dict[str, Tensor]:
         """Initial weights of its own for a stack of shape [L, F, D], each [L, F]; those that require gradients are trained."""
-        ...
+        return {}
 
     @staticmethod
     def fold(extra: dict[str, Tensor], norm_F: Tensor, scale: float, offset_F: Tensor) -> dict[str, Tensor]:
@@ -60,14 +64,17 @@ class Architecture(Protocol):
 
         Pre-activations of raw x are norm_F / scale times those of training; `offset_F` is mean @ W_enc of the folded encoder.
         """
-        ...
+        return {}
 
     @staticmethod
     def loss(
         stack: "Stack", x_LND: Tensor, dead_LF: Tensor, progress: float, *, k: int | None, penalty_L: Tensor
     ) -> StepLoss:
-        """Loss of every layer; `progress` is the share of the run done, `penalty_L` the coefficient of each layer's penalty."""
-        ...
+        """Loss of every layer on centred, scaled activations.
+
+        `progress` is the share of the run done, `penalty_L` the coefficient of each layer's penalty.
+        """
+        raise NotImplementedError
 
     @staticmethod
     def after_step_(stack: "Stack", losses: StepLoss, trim_L: Tensor) -> None:
@@ -75,7 +82,6 @@ class Architecture(Protocol):
 
         `trim_L` is how far, in logarithms, thresholds are to rise for the L0 asked for (SparsityController.trim).
         """
-        ...
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from throughline.dictionaries.auxk import auxk_loss
-from throughline.dictionaries.stack import Stack, StepLoss, count_fired
+from throughline.dictionaries.stack import Architecture, Stack, StepLoss, count_fired
 
 
-class TopK:
+class TopK(Architecture):
     """Options: k."""
 
     name = "topk"
     inference = "topk"
-    starved_after = None
 
     @staticmethod
     def activate(
@@ -32,20 +31,6 @@ class TopK:
     def options(k: int, **_: Any) -> dict[str, Any]:
         """What of a dictionary's specification this architecture uses at inference."""
         return {"k": k}
-
-    @staticmethod
-    def first_penalty(l1: float, d_model: int) -> None:
-        """None: k says how many features are active."""
-
-    @staticmethod
-    def extra(shape: tuple[int, int, int]) -> dict[str, Tensor]:
-        """No further weights."""
-        return {}
-
-    @staticmethod
-    def fold(extra: dict[str, Tensor], norm_F: Tensor, scale: float, offset_F: Tensor) -> dict[str, Tensor]:
-        """Nothing to fold."""
-        return {}
 
     @staticmethod
     def loss(
@@ -66,7 +51,3 @@ class TopK:
         if dead_LF.any():
             loss_L = loss_L + auxk_loss(stack, pre_LNF, error_LND, dead_LF)
         return StepLoss(loss_L, x_hat_LND, count_fired(top.indices, values_LNK > 0, pre_LNF.shape[-1]))
-
-    @staticmethod
-    def after_step_(stack: Stack, losses: StepLoss, trim_L: Float[Tensor, "L"]) -> None:
-        """Nothing."""

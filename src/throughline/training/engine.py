@@ -171,7 +171,7 @@ def _make_groups(
         generators = [torch.Generator().manual_seed(training.seed * 1009 + layer) for layer in layers]
         stack = Stack.initialize(x_LND, d_sae, generators, architecture)
         controller = _control(architecture, {layer: specs[layer] for layer in layers}, num_layers, x_LND)
-        _scale_encoder_(stack, architecture, x_LND, k, controller)
+        _set_encoder_(stack, architecture, x_LND, k, controller)
         idle = torch.zeros(len(layers), d_sae, dtype=torch.int64, device=x_LND.device)
         groups.append(
             Group(
@@ -237,21 +237,24 @@ def _control(
 
 
 @torch.no_grad()
-def _scale_encoder_(
+def _set_encoder_(
     stack: Stack, architecture: type[Architecture], x_LND: Tensor, k: int | None, controller: SparsityController
 ) -> None:
-    """Start from the encoder length with the least error: unit rows overshoot when many of them see the same direction.
+    """Start from the architecture's first biases, and from the encoder length with the least error.
 
-    Activations are positively homogeneous and biases are still zero, so c * W_enc gives c * x_hat, and the best
-    c = <x, x_hat> / <x_hat, x_hat>.
+    Unit rows overshoot when many of them see the same direction. Activations are positively homogeneous, so c * W_enc and
+    c * b_enc give c * x_hat, and the best c = <x, x_hat> / <x_hat, x_hat>.
     """
     for index in range(len(x_LND)):
         one, x_ND = stack.single(index), x_LND[index : index + 1, :LENGTH_FROM]
+        if architecture.first_bias:
+            one.b_enc_LF.copy_(-architecture.first_bias * one.pre_activations(x_ND).std(1, correction=0))
         nothing_dead = torch.zeros_like(one.b_enc_LF, dtype=torch.bool)
         penalty = controller.single(index).penalty_L
         x_hat_ND = architecture.loss(one, x_ND, nothing_dead, 0.0, k=k, penalty_L=penalty).x_hat_LND
         c = (x_ND * x_hat_ND).sum() / x_hat_ND.square().sum().clamp_min(1e-12)
         one.W_enc_LFD.mul_(c.clamp(0.01, 1.0))
+        one.b_enc_LF.mul_(c.clamp(0.01, 1.0))
 
 
 def _restore(found: Checkpoint, specs: dict[int, DictionarySpec], training: TrainingSpec, device: str) -> list[Group]:
