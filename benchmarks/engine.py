@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--expansion", type=float, default=8)
     parser.add_argument("--architecture", default="topk")
     parser.add_argument("--batch", type=int, default=2048, help="tokens per step")
+    parser.add_argument("--passes", type=int, default=1, help="times the activations at hand are trained on")
     parser.add_argument("--lr", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
@@ -94,6 +95,7 @@ def main() -> None:
     training = TrainingSpec(
         tokens=ids.size,
         batch_tokens=a.batch,
+        passes=a.passes,
         lr=a.lr if a.lr == "auto" else float(a.lr),
         precision=a.precision,
         seed=a.seed,
@@ -123,6 +125,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "device": a.device,
         "batch": a.batch,
+        "passes": a.passes,
         "l0": [round(value, 1) for value in last[-1].l0],
     }
     print(json.dumps(said), flush=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pages import write_between
 from planted_data import MEAN_L0, NUM_FEATURES, VARIANTS, Planted, Variant, plant
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
@@ -33,8 +34,6 @@ HELD_OUT, BATCH, SEED = 50_000, 1024, 0
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # SAELens' default, 3e-4, is far too low for so short a run
 PENALTIES = {"relu": 15.0, "gated": 15.0, "jumprelu": 3.0}  # where the search begins
 SEARCH = 5
-PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
-BEGIN, END = "<!-- planted: begin -->", "<!-- planted: end -->"
 
 
 class Row(NamedTuple):
@@ -148,9 +147,7 @@ def write(rows: list[Row], command: str, tokens: int) -> None:
         "|---|---|---|---|---|---|---|---|---|",
         *map(str, rows),
     ]
-    page = PAGE.read_text() if PAGE.is_file() else f"# Quality\n\n## Planted directions\n\n{BEGIN}\n{END}\n"
-    before, _, rest = page.partition(BEGIN)
-    PAGE.write_text("\n".join([before + BEGIN, *table, END]) + rest.partition(END)[2])
+    write_between("planted", table, "Planted directions")
 
 
 def main() -> None:

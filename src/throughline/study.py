@@ -175,6 +175,9 @@ class TrainingSpec(Section):
 
     tokens: int = Field(default=2_000_000, ge=1)
     epochs: int = Field(default=1, ge=1)
+    passes: int = Field(
+        default=1, ge=1
+    )  # through the activations at hand, in another order each time, before they are replaced
     batch_tokens: int = Field(default=4096, ge=1)
     lr: float | Literal["auto"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -190,6 +193,11 @@ class TrainingSpec(Section):
                 f"batch_tokens {self.batch_tokens} is more than the {self.tokens * self.epochs} tokens of the training"
             )
         return self
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole training."""
+        return max(1, self.tokens * self.epochs // self.batch_tokens) * self.passes
 
 
 class GateSpec(Section):

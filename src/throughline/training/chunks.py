@@ -1,4 +1,4 @@
-"""Activations in shuffled chunks: each is filled from the source, trained on in random order to its end, then replaced.
+"""Activations in shuffled chunks: each is filled from the source, trained on in random order once or more, then replaced.
 
 Which tokens a chunk holds and in which order they are drawn depends only on its number and on where in the source it begins,
 so training continues at any chunk without a stored buffer: the chunk is made again.
@@ -30,15 +30,21 @@ START = Cursor()
 
 
 class Chunk(NamedTuple):
-    """Activations, the order in which their tokens are drawn, and where the next chunk begins."""
+    """Activations, the order in which their tokens are drawn (each once a pass), and where the next chunk begins."""
 
     x_LCD: Float[Tensor, "L C D"]
-    order_C: Int[Tensor, "C"]
+    order_C: Int[Tensor, "passes*C"]
     following: Cursor
 
 
 def read_chunks(
-    source: ActivationSource, batch_tokens: int, total_tokens: int, depth: int, seed: int, cursor: Cursor = START
+    source: ActivationSource,
+    batch_tokens: int,
+    total_tokens: int,
+    depth: int,
+    seed: int,
+    cursor: Cursor = START,
+    passes: int = 1,
 ) -> Iterator[Chunk]:
     """Chunks from `cursor` on, whole batches of training each; the tokens left over at the end of the source are dropped.
 
@@ -68,8 +74,8 @@ def read_chunks(
         if not filled:
             return
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        order_C = torch.randperm(filled, generator=generator)
-        yield Chunk(x_LCD[:, :filled], order_C, Cursor(number + 1, batch, used))
+        orders = [torch.randperm(filled, generator=generator) for _ in range(passes)]
+        yield Chunk(x_LCD[:, :filled], torch.cat(orders), Cursor(number + 1, batch, used))
 
 
 def chunk_tokens(d_model: int, batch_tokens: int, total_tokens: int, depth: int) -> int:

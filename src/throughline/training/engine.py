@@ -87,10 +87,10 @@ def train(
     Raises TrainingError if the source yields less than one batch, or activations or a loss are not finite.
     """
     total = training.tokens * training.epochs
-    num_steps = max(1, total // training.batch_tokens)
+    num_steps = training.num_steps
     found = checkpoints.load() if checkpoints else None
     cursor, step = (found.cursor, found.step) if found else (Cursor(), 0)
-    chunks = read_chunks(source, training.batch_tokens, total, num_layers, training.seed, cursor)
+    chunks = read_chunks(source, training.batch_tokens, total, num_layers, training.seed, cursor, training.passes)
     chunk = next(chunks, None)
     if chunk is None and found is None:
         raise TrainingError(
@@ -143,8 +143,7 @@ def learning_rate(training: TrainingSpec, d_sae: int) -> float:
     """
     if training.lr != "auto":
         return training.lr
-    num_steps = training.tokens * training.epochs / training.batch_tokens
-    few = math.sqrt(min(1.0, num_steps / FEW_STEPS))
+    few = math.sqrt(min(1.0, training.num_steps / FEW_STEPS))
     return (
         few * LR_AT_256_TOKENS_512_FEATURES * math.sqrt(min(training.batch_tokens, 4096) / 256 * 512 / max(d_sae, 512))
     )
@@ -304,7 +303,11 @@ def _check_finite(mean_LD: Float[Tensor, "L D"], layers: list[int], model: str) 
 def _fold(group: Group, model: str, steps: int, training: TrainingSpec) -> dict[int, Dictionary]:
     folded = {}
     for i, layer in enumerate(group.layers):
-        metadata = {"model_name": model, "layer": layer, "training_tokens": steps * training.batch_tokens}
+        metadata = {
+            "model_name": model,
+            "layer": layer,
+            "training_tokens": steps // training.passes * training.batch_tokens,
+        }
         folded[layer] = group.stack.fold(
             i,
             group.architecture,

@@ -17,18 +17,15 @@ from throughline.training.group import Course, Group
 
 FROM_SHARE = 0.1  # of the run
 UNTIL_SHARE, UNTIL_SHARE_WITH_PENALTY = 0.8, 0.7  # a penalty needs longer to settle what a new feature did to L0
-EVERY_SHARE, EVERY_SHARE_WITH_PENALTY = 0.1, 0.05  # a penalty goes on killing features; AuxK revives them in between
+EVERY_SHARE = 0.05
 LARGEST_SHARE = 0.25  # of a batch's tokens: no more features get a new direction at once
 
 
 def is_due(step: int, num_steps: int, k: int | None) -> bool:
-    """True at the step that completes another tenth of the run until eight tenths (twentieth and seven where there is a
-    penalty)."""
+    """True at the step that completes another twentieth of the run until eight tenths (seven where there is a penalty)."""
     now, before = step / num_steps, (step - 1) / num_steps
-    with_k = k is not None
-    every = EVERY_SHARE if with_k else EVERY_SHARE_WITH_PENALTY
-    until = UNTIL_SHARE if with_k else UNTIL_SHARE_WITH_PENALTY
-    return FROM_SHARE <= now <= until + 1 / num_steps and int(now / every) > int(before / every)
+    until = UNTIL_SHARE if k is not None else UNTIL_SHARE_WITH_PENALTY
+    return FROM_SHARE <= now <= until + 1 / num_steps and int(now / EVERY_SHARE) > int(before / EVERY_SHARE)
 
 
 @torch.no_grad()
