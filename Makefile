@@ -2,6 +2,7 @@
 # make demo    the whole pipeline on the bundled models, offline
 # make test    lint, types, tests
 # make docs    write the generated parts of docs/ anew
+# make bench   ours and the peers' trainings in turn, and how cost grows; on a quiet machine
 # make peers   other projects' libraries, apart from ours, to test files against
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ STAMP := .venv/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint types docs peers clean
+.PHONY: setup demo test lint types docs peers bench clean
 
 setup: $(STAMP)
 
@@ -53,6 +54,17 @@ $(PEERS_STAMP): tests/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 \
 	  2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
 	@touch $@
+
+# The benches are a GPT-2 with random weights and a small trained Llama, with tokens of stories; `SHARED` has what makes them.
+SHARED ?= ../shared
+BENCHES := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/throughline
+
+bench: $(STAMP) $(PEERS_STAMP)
+	@test -d $(BENCHES)/bench || $(BIN)/python $(SHARED)/bench/make_bench.py --model mid --out $(BENCHES)/bench
+	@test -d $(BENCHES)/bench_stories || \
+	  $(BIN)/python $(SHARED)/bench/make_bench.py --model stories --out $(BENCHES)/bench_stories
+	@$(BIN)/python benchmarks/compare.py --mid $(BENCHES)/bench --stories $(BENCHES)/bench_stories \
+	  --peer $(PEERS)/bin/python --script $(SHARED)/bench/peers.py --curves --write
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache build dist

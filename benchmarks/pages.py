@@ -1,15 +1,15 @@
-"""Put what a benchmark found between its marks in docs/quality.md."""
+"""Put what a benchmark found between its marks in a page of docs/."""
 
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
+QUALITY, PERFORMANCE = (Path(__file__).parents[1] / "docs" / f"{name}.md" for name in ("quality", "performance"))
 
 
-def write_between(mark: str, lines: list[str], heading: str) -> None:
+def write_between(path: Path, mark: str, lines: list[str], heading: str) -> None:
     """Replace what stands between `<!-- mark: begin -->` and `<!-- mark: end -->`; a section is added if there is none."""
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    page = PAGE.read_text() if PAGE.is_file() else "# Quality\n"
+    page = path.read_text() if path.is_file() else f"# {path.stem.capitalize()}\n"
     if begin not in page:
         page = f"{page.rstrip()}\n\n## {heading}\n\n{begin}\n{end}\n"
     before, _, rest = page.partition(begin)
-    PAGE.write_text("\n".join([before + begin, *lines, end]) + rest.partition(end)[2])
+    path.write_text("\n".join([before + begin, *lines, end]) + rest.partition(end)[2])

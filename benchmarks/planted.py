@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pages import write_between
+from pages import QUALITY, write_between
 from planted_data import MEAN_L0, NUM_FEATURES, VARIANTS, Planted, Variant, plant
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
@@ -147,7 +147,7 @@ def write(rows: list[Row], command: str, tokens: int) -> None:
         "|---|---|---|---|---|---|---|---|---|",
         *map(str, rows),
     ]
-    write_between("planted", table, "Planted directions")
+    write_between(QUALITY, "planted", table, "Planted directions")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import torch
 from throughline.dictionaries import save_dictionary
 from throughline.errors import InputError
 from throughline.harvesting import TextSource, tokens_of_a_pass
+from throughline.journals import Journal, open_journals
 from throughline.registry import ARCHITECTURES
 from throughline.run_dir import digest_key
 from throughline.session import Session
@@ -80,7 +81,10 @@ def _train_block(session: Session, spec: ModelSpec, layers: list[int], training:
     folder = run.checkpoint_folder(spec.name)
     key = digest_key(*(steps[layer][1] for layer in layers))
     checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say)
-    with run.steps(dict(steps[layer] for layer in layers)) as files:
+    with (
+        run.steps(dict(steps[layer] for layer in layers)) as files,
+        open_journals(run, study, spec.name, training.batch_tokens) as journals,
+    ):
         source = _activations(session, spec, layers, training)
         probe = next(source.batches(), torch.empty(len(layers), 0, model.d_model))[:, :PROBE_TOKENS].clone()
         dictionaries = train(
@@ -89,7 +93,7 @@ def _train_block(session: Session, spec: ModelSpec, layers: list[int], training:
             training,
             model=spec.name,
             num_layers=model.num_layers,
-            report=partial(_keep_progress, session, report),
+            report=partial(_keep_progress, session, journals, report),
             say=session.say,
             checkpoints=checkpoints,
         )
@@ -186,9 +190,11 @@ def _tokens_of_an_epoch(session: Session, name: str) -> int:
 # ---- what is kept of it
 
 
-def _keep_progress(session: Session, report: Report, progress: Progress) -> None:
-    """Report a training's progress, and keep the latest of each model for `throughline status`."""
+def _keep_progress(session: Session, journals: Sequence[Journal], report: Report, progress: Progress) -> None:
+    """Report a training's progress, write it down, and keep the latest of each model for `throughline status`."""
     session.run.note_progress(**asdict(progress), at=time.time())
+    for journal in journals:
+        journal.write(progress)
     report(progress)
 
 

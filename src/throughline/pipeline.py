@@ -18,6 +18,7 @@ from throughline.errors import InputError, ThroughlineError
 from throughline.executors.local import run_jobs
 from throughline.features import describe_features
 from throughline.jobs import Report, train_layers, train_steps
+from throughline.journals import check_extras
 from throughline.labelers import LayerText
 from throughline.models import check_model, read_tokenizer
 from throughline.quality import evaluate
@@ -36,7 +37,9 @@ from throughline.zoo.texts import solve
 
 
 def check_study(study: Study) -> None:
-    """Refuse, before anything is written, what would fail later: a model, layer or text that is not there, a prompt too long."""
+    """Refuse, before anything is written, what would fail later: a model, layer, text or library that is not there, a prompt
+    too long."""
+    check_extras(study)
     for spec in study.models:
         context = check_model(spec)
         for prompt in study.trace.prompts:

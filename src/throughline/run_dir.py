@@ -177,9 +177,13 @@ class RunDir:
         """The same, relative to the run."""
         return f"models/{folder_name(model)}/layer_{layer:02d}"
 
+    def model_folder(self, model: str) -> Path:
+        """All that is kept of one model."""
+        return self.root / "models" / folder_name(model)
+
     def checkpoint_folder(self, model: str) -> Path:
         """Training state; removed when training is done."""
-        return self.root / "models" / folder_name(model) / "checkpoints"
+        return self.model_folder(model) / "checkpoints"
 
     def progress(self) -> dict[str, dict[str, Any]]:
         """By model: how deep it is, and where its training is or why it failed."""

@@ -256,6 +256,13 @@ class ExecutorSpec(Section):
     kind: Literal["local"] = "local"
 
 
+class LoggingSpec(Section):
+    """Where else training's measures go; changes no result."""
+
+    tensorboard: bool = False
+    wandb: str | None = None  # a project
+
+
 class Study(Section):
     """Everything a run is made from; a run is a pure function of it."""
 
@@ -270,6 +277,7 @@ class Study(Section):
     transfer: TransferSpec = TransferSpec()
     trace: TraceSpec = TraceSpec()
     executor: ExecutorSpec = ExecutorSpec()
+    logging: LoggingSpec = LoggingSpec()
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -1,0 +1,145 @@
+"""What training measures as it goes on, kept for later: JSON lines always, TensorBoard and Weights & Biases if the study asks.
+
+    RUN/models/<model>/training.jsonl      an object for each report: step, tokens, and by layer loss, l0, fvu, dead
+    RUN/tensorboard/<model>/               the same as scalars `layer_07/fvu`
+    RUN/wandb/                             the same, in the service or, with WANDB_MODE=offline, on disk
+
+A run that goes on from a checkpoint repeats the steps after it; the later lines count.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from throughline.errors import InputError
+from throughline.run_dir import RunDir
+from throughline.study import Study
+from throughline.training import Progress
+
+MEASURES = ("loss", "l0", "fvu", "dead")
+JOURNAL = "training.jsonl"
+
+
+class Journal(Protocol):
+    """One place that training is written to."""
+
+    def write(self, progress: Progress) -> None:
+        """Where the training is now."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+def check_extras(study: Study) -> None:
+    """InputError if the study asks for a journal whose library is not installed."""
+    for name, wanted in (("tensorboard", study.logging.tensorboard), ("wandb", study.logging.wandb is not None)):
+        if wanted and find_spec(name) is None:
+            raise InputError(f"logging.{name} needs a library that is missing: pip install 'throughline[{name}]'")
+
+
+@contextmanager
+def open_journals(run: RunDir, study: Study, model: str, batch_tokens: int) -> Iterator[Sequence[Journal]]:
+    """All journals of one model's training; closed at the end, whatever happens."""
+    with ExitStack() as stack:
+        journals: list[Journal] = [JsonLines(run.model_folder(model) / JOURNAL, batch_tokens)]
+        stack.callback(journals[0].close)
+        if study.logging.tensorboard:
+            journals.append(TensorBoard(run.root / "tensorboard" / run.model_folder(model).name))
+            stack.callback(journals[-1].close)
+        if study.logging.wandb is not None:
+            journals.append(WeightsAndBiases(run.root, study, model))
+            stack.callback(journals[-1].close)
+        yield journals
+
+
+class JsonLines:
+    """One object a line; a line that a kill cut short is ended first."""
+
+    def __init__(self, path: Path, batch_tokens: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_short = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        self._file = path.open("a")
+        self._batch_tokens = batch_tokens
+        if cut_short:
+            self._file.write("\n")
+
+    def write(self, progress: Progress) -> None:
+        """Append a line, readable at once."""
+        row = asdict(progress) | {"tokens": progress.step * self._batch_tokens, "at": time.time()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What `JsonLines` wrote, by step, the later of two lines of one step and layer; lines cut short are left out."""
+    rows: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["step"], tuple(row["layers"])] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+class TensorBoard:
+    """Scalars by step, one event file a training."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # an extra
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, progress: Progress) -> None:
+        """Every measure of every layer."""
+        for name, value in _scalars(progress).items():
+            self._writer.add_scalar(name, value, progress.step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project that `logging.wandb` names."""
+
+    def __init__(self, root: Path, study: Study, model: str) -> None:
+        import wandb  # an extra
+
+        settings = wandb.Settings(silent=True, console="off")
+        self._run = wandb.init(
+            project=study.logging.wandb,
+            name=f"{study.name}/{model}",
+            dir=str(root),
+            config=study.model_dump(mode="json"),
+            settings=settings,
+        )
+        self._run.define_metric("*", step_metric="step")  # a step may come twice, which wandb's own count may not
+
+    def write(self, progress: Progress) -> None:
+        """Every measure of every layer."""
+        self._run.log(_scalars(progress) | {"step": progress.step})
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
+def _scalars(progress: Progress) -> dict[str, float]:
+    rows = {
+        f"layer_{layer:02d}/{name}": getattr(progress, name)[i]
+        for i, layer in enumerate(progress.layers)
+        for name in MEASURES
+    }
+    return rows | {"tokens_per_second": progress.tokens_per_second}
