@@ -3,7 +3,7 @@
     python benchmarks/planted.py [--tokens N] [--peer PYTHON] [--write]
 
 One table row for each architecture and variant of planted_data.py: mean correlation coefficient (mean |cosine| of decoder rows and
-true directions after Hungarian matching), FVU, L0 and dead share on 50,000 held-out tokens, and seconds. Dictionaries have as many
+true directions after Hungarian matching), FVU, L0 and dead share on 50,000 held-out tokens. Dictionaries have as many
 features as there are directions and are asked for the true mean L0. `--peer` is the interpreter of an environment with sae-lens.
 Each of its architectures gets the learning rate of LEARNING_RATES with the best FVU on the first variant, and where it has a
 penalty coefficient, one found by search until its L0 is within 10 % (at most SEARCH trainings, of which the nearest counts);
@@ -14,7 +14,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,11 +45,10 @@ class Row(NamedTuple):
     fvu: float
     l0: float
     dead: float
-    seconds: float
     setting: str
 
     def __str__(self) -> str:
-        figures = f"{self.mcc:.3f} | {self.fvu:.3f} | {self.l0:.2f} | {self.dead:.3f} | {self.seconds:.0f}"
+        figures = f"{self.mcc:.3f} | {self.fvu:.3f} | {self.l0:.2f} | {self.dead:.3f}"
         return f"| {self.variant} | `{self.architecture}` | {self.by} | {figures} | {self.setting} |"
 
 
@@ -71,15 +69,11 @@ def ours(variant: str, architecture: str, data: Planted, seed: int) -> Row:
     train_ND, heldout_ND = data.x_ND[:-HELD_OUT], data.x_ND[-HELD_OUT:]
     spec = DictionarySpec(architecture=architecture, d_sae=NUM_FEATURES, target_l0=MEAN_L0)
     training = TrainingSpec(tokens=len(train_ND), batch_tokens=BATCH, seed=seed)
-    started = time.perf_counter()
     one = train(ArraySource(train_ND), {0: spec}, training, model="planted", num_layers=1)[0]
-    seconds = time.perf_counter() - started
     f_NF = one.encode(heldout_ND)
     l0, dead = float((f_NF > 0).sum(1).float().mean()), float((f_NF <= 0).all(0).float().mean())
     error = fvu(heldout_ND, one.decode(f_NF))
-    return Row(
-        variant, architecture, "throughline", correlation(data.d_FD, one.W_dec), error, l0, dead, seconds, "auto"
-    )
+    return Row(variant, architecture, "throughline", correlation(data.d_FD, one.W_dec), error, l0, dead, "auto")
 
 
 class Peer:
@@ -132,7 +126,6 @@ class Peer:
             fvu(heldout_ND, found["x_hat"]),
             float(found["l0"]),
             float((~found["fired"]).float().mean()),
-            float(done.stdout.split()[-1]),
             setting,
         )
 
@@ -143,8 +136,8 @@ def write(rows: list[Row], command: str, tokens: int) -> None:
         f"`{command}`; 2 cores, no GPU, one thread; 2026-11-23; n = {tokens:,} tokens of training, {HELD_OUT:,} held out, "
         f"batches of {BATCH:,}, seed {SEED}.",
         "",
-        "| variant | architecture | by | MCC | FVU | L0 | dead | seconds | setting |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| variant | architecture | by | MCC | FVU | L0 | dead | setting |",
+        "|---|---|---|---|---|---|---|---|",
         *map(str, rows),
     ]
     write_between(QUALITY, "planted", table, "Planted directions")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from builders import planted_activations
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.study import DictionarySpec, TrainingSpec
+from throughline.training import Progress, chunks, engine
 
 D, F, K, N = 16, 32, 2, 12_000
 DICTIONARY = {"d_sae": F, "k": K}
@@ -123,3 +125,25 @@ def test_the_documented_example_works(tmp_path, monkeypatch, capsys):
     exec(example, names)  # noqa: S102
     assert capsys.readouterr().out == "64 256\n"
     assert same(names["block"], names["same"])
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_bits(x_ND, tmp_path, monkeypatch):
+    """Stopped by an interrupt after some chunks; what was read before is skipped."""
+    monkeypatch.setattr(chunks, "MOST_TOKENS", 1024)
+    monkeypatch.setattr(engine, "REPORT_SECONDS", 0.0)
+    training = TRAINING | {"checkpoint_minutes": 0, "passes": 2}
+    expected = throughline.train(activations=x_ND, dictionary=DICTIONARY, training=training)["layer_00"]
+
+    def stop(progress: Progress) -> None:
+        if progress.step > 200:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        throughline.train(activations=x_ND, out=tmp_path, dictionary=DICTIONARY, training=training, progress=stop)
+    assert (tmp_path / "checkpoint" / "state.safetensors").is_file()
+    said: list[str] = []
+    arguments: dict[str, Any] = {"out": tmp_path, "dictionary": DICTIONARY, "training": training, "resume": True}
+    found = throughline.train(activations=x_ND, say=said.append, **arguments)["layer_00"]
+    assert any(re.search(r"going on from step [1-9]\d* of", line) for line in said)
+    assert same(found, expected)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["layer_00"]

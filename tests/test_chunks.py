@@ -152,3 +152,16 @@ def test_a_chunk_keeps_the_source_s_dtype_and_its_memory_is_used_again():
             assert chunk.x_LCD.dtype == torch.bfloat16
             places.add(chunk.x_LCD.data_ptr())
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+def test_each_pass_draws_every_token_once_in_an_order_of_its_own(monkeypatch, passes):
+    monkeypatch.setattr(chunks, "MOST_TOKENS", 128)
+    found = list(read_chunks(Numbered(400, 50), 16, 400, 2, 0, passes=passes))
+    once = read(Numbered(400, 50), batch=16)
+    assert len(found) == len(once)
+    for chunk, alone in zip(found, once, strict=True):
+        orders = chunk.order_C.view(passes, -1)
+        assert torch.equal(orders.sort(1).values, torch.arange(orders.shape[1]).expand(passes, -1))
+        assert not torch.equal(orders[0], orders[1])
+        assert torch.equal(orders[0], alone.order_C) and chunk.following == alone.following

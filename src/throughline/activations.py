@@ -1,16 +1,20 @@
 """Dictionaries of activations that come from anywhere: other language models, vision, audio, biology."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from throughline.dictionaries import Dictionary, save_dictionary
 from throughline.errors import InputError
+from throughline.run_dir import digest_key
 from throughline.study import DictionarySpec, Section, TrainingSpec, folder_name, parse_study
 from throughline.training import Progress, train
-from throughline.training.sources import ActivationSource, OnDevice, open_source
+from throughline.training.checkpoints import Checkpoints
+from throughline.training.sources import OnDevice, open_source
 
 PROBE_TOKENS = 16
+CHECKPOINT = "checkpoint"
 
 
 def train_on_activations(
@@ -43,24 +47,28 @@ def train_on_activations(
     names = _layer_names(layers, first.shape[0])
     folders = _folders(out, names, resume)
     say(f"{name}: {tokens:,} activations, layers: {', '.join(names)}; {first.shape[2]} wide")
-    dictionaries = _train(OnDevice(source, device), spec, checked, name, len(names), report)
+    checkpoints = None
+    if folders:
+        key = digest_key(names, first.shape[2], spec.model_dump(), checked.model_dump(exclude={"checkpoint_minutes"}))
+        checkpoints = Checkpoints(folders[0].parent / CHECKPOINT, key, checked.checkpoint_minutes, say)
+    specs = {layer: spec.at_layer(layer) for layer in range(len(names))}
+    dictionaries = train(
+        OnDevice(source, device),
+        specs,
+        checked,
+        model=name,
+        num_layers=len(names),
+        report=report,
+        say=say,
+        checkpoints=checkpoints,
+    )
     for layer, layer_name in enumerate(names):
         dictionaries[layer].metadata.update({"hook_name": layer_name})
         if folders:
             save_dictionary(dictionaries[layer], folders[layer], first[layer, :PROBE_TOKENS].to(device))
+    if folders:
+        shutil.rmtree(folders[0].parent / CHECKPOINT, ignore_errors=True)
     return {layer_name: dictionaries[layer] for layer, layer_name in enumerate(names)}
-
-
-def _train(
-    source: ActivationSource,
-    spec: DictionarySpec,
-    training: TrainingSpec,
-    name: str,
-    num_layers: int,
-    report: Callable[[Progress], None],
-) -> dict[int, Dictionary]:
-    specs = {layer: spec.at_layer(layer) for layer in range(num_layers)}
-    return train(source, specs, training, model=name, num_layers=num_layers, report=report)
 
 
 def _resolve(
@@ -103,5 +111,5 @@ def _folders(out: str | Path | None, names: list[str], resume: bool) -> list[Pat
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not resume:
-        raise InputError(f"{out} is not empty; give another folder, or resume=True to write into it")
+        raise InputError(f"{out} is not empty; give another folder, or resume=True to go on or write into it")
     return [out / folder_name(name) for name in names]

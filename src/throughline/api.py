@@ -129,7 +129,8 @@ def train(
     layer) or [L, N, D], a folder of .npy or .safetensors files of such arrays, an iterator of them, a function that makes
     one (needed for several epochs), or an ActivationSource. `dictionary` and `training` are those of a study file;
     `training.tokens` is the length of the array unless given. `layers` names the L layers. With `out` each layer's
-    dictionary is saved in a folder of its name there, as SAELens saves it.
+    dictionary is saved in a folder of its name there, as SAELens saves it; a training that was stopped goes on with `resume`,
+    to the same bits, if the activations are the same.
     """
     if activations is not None:
         if study is not None or settings:

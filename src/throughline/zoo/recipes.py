@@ -16,14 +16,6 @@ CONTEXT = 64
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Steps with one cycle of the learning rate; `emphasis` multiplies the weights of templates, by name."""
-
-    num_steps: int
-    emphasis: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One model's training. Batches are in prompts; `prompt_weight` is the loss weight of a token before the answer."""
 
@@ -34,7 +26,6 @@ class Recipe:
     weight_decay: float = 0.1
     prompt_weight: float = 0.1
     emphasis: Mapping[str, float] = field(default_factory=dict)  # on templates, by name
-    finishing: Stage | None = None  # after the last step, for what was not learned by then
     seed: int = 0
 
 

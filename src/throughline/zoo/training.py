@@ -24,7 +24,7 @@ from throughline.models import open_model
 from throughline.records import Document
 from throughline.study import ModelSpec
 from throughline.zoo import NAMES, PREFIX
-from throughline.zoo.recipes import Recipe, Stage, recipe_of
+from throughline.zoo.recipes import Recipe, recipe_of
 from throughline.zoo.texts import TEMPLATES, Template, sample_problems
 from throughline.zoo.vocabularies import build_tokenizer
 
@@ -44,15 +44,12 @@ class Batch(NamedTuple):
 def train(name: str, workdir: Path, report: Callable[[str], None], num_steps: int | None = None) -> Path:
     """Train zoo model `name`, continuing from `workdir` if it holds a checkpoint; returns the folder with the model.
 
-    `num_steps` takes the place of the recipe's, without its finishing stage: the learning rate runs its cycle in as many
-    steps, so what continues must have begun with the same number.
+    `num_steps` takes the place of the recipe's: the learning rate runs its cycle in as many steps, so what continues must
+    have begun with the same number.
     """
     tokenizer = build_tokenizer(name)
     recipe = recipe_of(name, tokenizer)
-    stages = [Stage(recipe.num_steps if num_steps is None else num_steps, recipe.emphasis)]
-    if recipe.finishing and num_steps is None:
-        stages.append(recipe.finishing)
-    num_steps = sum(stage.num_steps for stage in stages)
+    num_steps = recipe.num_steps if num_steps is None else num_steps
     torch.manual_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(recipe.config, attn_implementation="eager").train()
     optimizers = _optimizers(model, recipe)
@@ -60,11 +57,10 @@ def train(name: str, workdir: Path, report: Callable[[str], None], num_steps: in
     step = _resume(workdir, model, optimizers)
     loss_sum, since = 0.0, step
     while step < num_steps:
-        stage, within = _locate(stages, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * one_cycle(within, stage.num_steps)
-        loss_sum += _step(model, optimizers, tokenizer, recipe, step, stage.emphasis)
+                group["lr"] = recipe.learning_rate * one_cycle(step, num_steps)
+        loss_sum += _step(model, optimizers, tokenizer, recipe, step, recipe.emphasis)
         step += 1
         if step % CHECKPOINT_EVERY == 0 or step == num_steps:
             _checkpoint(workdir, model, optimizers, step)
@@ -76,15 +72,6 @@ def train(name: str, workdir: Path, report: Callable[[str], None], num_steps: in
             )
             loss_sum, since = 0.0, step
     return _publish(model, tokenizer, workdir / "model")
-
-
-def _locate(stages: list[Stage], step: int) -> tuple[Stage, int]:
-    """The stage of a step, and how many of its steps came before."""
-    for stage in stages:
-        if step < stage.num_steps:
-            return stage, step
-        step -= stage.num_steps
-    raise AssertionError(step)
 
 
 def one_cycle(step: int, num_steps: int) -> float:
