@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from throughline.errors import InputError
 from throughline.models import FAMILIES, LanguageModel, ModelOutput, open_model
+from throughline.models.attention import NAME
 from throughline.models.gelu import TanhGELU
 from throughline.models.structure import find_blocks, find_final_norm, norm_follows
 from throughline.study import ModelSpec
@@ -493,3 +494,20 @@ def test_gelu_by_table_is_torch_s():
     y = torch.randn(5).bfloat16().requires_grad_()
     TanhGELU()(y).sum().backward()
     assert y.grad is not None
+
+
+def test_a_copy_in_bfloat16_attends_as_torch_does(model):
+    """Packed and not: as far from float32 as with torch's own attention, within a fifth."""
+    half, torch_s = model.in_dtype(torch.bfloat16), model.in_dtype(torch.bfloat16)
+    before = model.hf.config._attn_implementation
+    assert (half.hf.config._attn_implementation == NAME) == (before == "sdpa")
+    torch_s.hf.set_attn_implementation(before)
+    assert model.hf.config._attn_implementation == before
+    ids, last = np.random.default_rng(0).integers(0, model.vocab_size, (2, 8)), model.num_layers - 1
+    for pieces in (None, np.repeat(np.arange(2), 4)[None].repeat(2, 0)):
+        exact, found, other = (
+            m.run(m.inputs(ids, pieces=pieces), capture=[last], logits=False).residuals[last].float()
+            for m in (model, half, torch_s)
+        )
+        error, usual = float((found - exact).norm()), float((other - exact).norm())
+        assert 0 < error < 1.2 * usual

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from throughline.errors import InputError
+from throughline.models.attention import use_short_attention_
 from throughline.models.structure import find_structure
 
 Edit = Callable[[Tensor], Tensor]
@@ -75,6 +76,8 @@ class LanguageModel:
         hf.to(dtype)
         for mine, other in zip(self.hf.modules(), hf.modules(), strict=True):
             other._buffers.update(mine._buffers)
+        if dtype == torch.bfloat16 and self.device.type == "cpu":
+            use_short_attention_(hf)
         return LanguageModel(self.name, hf, self.tokenizer, str(self.device))
 
     def layers(self, wanted: Literal["all"] | list[int]) -> list[int]:

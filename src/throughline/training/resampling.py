@@ -17,15 +17,17 @@ from throughline.training.group import Course, Group
 
 FROM_SHARE = 0.1  # of the run
 UNTIL_SHARE, UNTIL_SHARE_WITH_PENALTY = 0.8, 0.7  # a penalty needs longer to settle what a new feature did to L0
-EVERY_SHARE = 0.05
+EVERY_SHARE, FEWEST_STEPS = 0.05, 4  # of the run, but not sooner than a feature can be found dead again
 LARGEST_SHARE = 0.25  # of a batch's tokens: no more features get a new direction at once
 
 
 def is_due(step: int, num_steps: int, k: int | None) -> bool:
-    """True at the step that completes another twentieth of the run until eight tenths (seven where there is a penalty)."""
+    """True at the step that completes another twentieth of the run (or four steps, if that is longer) until eight tenths of it
+    (seven where there is a penalty)."""
     now, before = step / num_steps, (step - 1) / num_steps
     until = UNTIL_SHARE if k is not None else UNTIL_SHARE_WITH_PENALTY
-    return FROM_SHARE <= now <= until + 1 / num_steps and int(now / EVERY_SHARE) > int(before / EVERY_SHARE)
+    every = max(EVERY_SHARE, FEWEST_STEPS / num_steps)
+    return FROM_SHARE <= now <= until + 1 / num_steps and int(now / every) > int(before / every)
 
 
 @torch.no_grad()
