@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from throughline.dictionaries import save_dictionary
 from throughline.harvesting import TextSource, tokens_of_a_pass
@@ -59,12 +60,12 @@ def open_source(model: LanguageModel, layers: range, ids: np.ndarray, precision:
     return TextSource(model, layers, batches, num_tokens=ids.size)
 
 
-def load_compiled(dictionary: DictionarySpec, training: TrainingSpec) -> None:
-    """Two steps on noise: the loops are compiled or read from their cache, which is start-up."""
-    batch = training.batch_tokens
-    short = training.model_copy(update={"tokens": 2 * batch})
-    small = dictionary.model_copy(update={"d_sae": 64, "k": min(dictionary.k, 32)})
-    train(ArraySource(torch.randn(2 * batch, 16)), {0: small}, short, model="warm-up", num_layers=1)
+def load_compiled(dictionary: DictionarySpec, training: TrainingSpec, probe_LND: Tensor) -> None:
+    """Two steps on noise of one layer: the loops are compiled or read from their cache, which is start-up."""
+    tokens = 2 * training.batch_tokens
+    noise_ND = torch.randn(tokens, probe_LND.shape[2]).to(probe_LND)
+    short = training.model_copy(update={"tokens": tokens})
+    train(ArraySource(noise_ND), {0: dictionary}, short, model="warm-up", num_layers=1)
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def main() -> None:
     layers = range(min(a.layers or model.num_layers, model.num_layers))
     source = open_source(model, layers, ids, a.precision, a.device)
     probe = next(source.batches())[:, :16].clone()
-    load_compiled(dictionary, training)
+    load_compiled(dictionary, training, probe)
     last: list[Progress] = []
     started = time.perf_counter()
     dictionaries = train(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from throughline.dictionaries.auxk import AUX_TOKENS_DIVISOR, AUX_WEIGHT
+from throughline.dictionaries.auxk import AUX_TOKENS, AUX_WEIGHT
 
 
 def topk_features(x_ND: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
@@ -29,7 +29,7 @@ def topk_loss(x_ND: Tensor, weights: Sequence[Tensor], k: int, dead_F: Tensor) -
     D = x_ND.shape[1]
     x_hat_ND = topk_features(x_ND, W_enc, b_enc, k) @ W_dec + b_dec
     loss = torch.stack([(x - x_hat).square().sum() / D for x, x_hat in zip(x_ND, x_hat_ND, strict=True)]).mean()
-    n = len(x_ND) // AUX_TOKENS_DIVISOR
+    n = min(len(x_ND), AUX_TOKENS)
     return loss + AUX_WEIGHT * aux_loss(x_ND[:n], x_hat_ND[:n], weights, dead_F) if dead_F.any() else loss
 
 

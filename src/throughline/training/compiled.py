@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from throughline.dictionaries.auxk import AUX_TOKENS_DIVISOR, AUX_WEIGHT
+from throughline.dictionaries.auxk import AUX_TOKENS, AUX_WEIGHT
 from throughline.dictionaries.matryoshka import prefixes
 from throughline.dictionaries.relu import WARM_UP
 from throughline.dictionaries.stack import StepLoss
@@ -41,7 +41,7 @@ class Workspace:
     """What one thread needs beside a layer's weights, for batches of N tokens of one shape."""
 
     def __init__(self, num_tokens: int, d_model: int, d_sae: int, room: int, num_prefixes: int, bfloat16: bool) -> None:
-        num_aux = max(1, num_tokens // AUX_TOKENS_DIVISOR)
+        num_aux = min(num_tokens, AUX_TOKENS)
         rows = num_tokens + num_aux
         self.num_aux, self.aux_room = num_aux, num_aux * max(1, d_model // 2)
         x, rounded = torch.empty(num_tokens, d_model), torch.empty(num_tokens if bfloat16 else 0, d_model).bfloat16()

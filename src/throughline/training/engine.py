@@ -38,11 +38,11 @@ LR_AT_256_TOKENS_512_FEATURES = 1.3e-2
 FEW_STEPS = 300
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_AFTER_SHARE = 0.01  # of the run, whichever is less
-DEAD_AFTER_BATCHES = 4  # at least: what one batch has no use for is not dead
+DEAD_AFTER_BATCHES = 4  # at least: what a few batches have no use for is not dead
 REPORT_SECONDS = 1.0
 SCALED_ON = 4096  # tokens that dictionaries are initialised from
 PIECE_TOKENS = 512  # of a chunk at a time: they stay in the cache
-LENGTH_FROM = 1024  # of them, on which the encoder's first length is found
+LENGTH_FROM = 512  # of them, on which the encoder's first length is found
 
 
 @dataclass(frozen=True)
