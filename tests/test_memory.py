@@ -23,7 +23,7 @@ from throughline.study import DictionarySpec, TrainingSpec, parse_study
 from throughline.training import chunks, engine, memory, train
 from throughline.training.caching import CachedSource
 from throughline.training.checkpoints import Checkpoints
-from throughline.training.memory import bytes_of_layer, free_bytes, split_blocks
+from throughline.training.memory import free_bytes, measure_layer, split_blocks
 from throughline.training.sources import ArraySource
 
 # ---- how much, and in which blocks
@@ -31,14 +31,16 @@ from throughline.training.sources import ArraySource
 
 @pytest.mark.parametrize("by_autograd", [False, True])
 def test_bytes_of_a_layer_are_those_of_its_tensors(by_autograd):
-    """Weights, two moments, the encoder in bfloat16, the chunk; with autograd gradients and what a step holds."""
+    """Weights, two moments, the encoder in bfloat16, the folded dictionary, the chunk; with autograd gradients and what a step
+    holds."""
     D, F, C, N = 16, 96, 1000, 64
     samples_LND = planted_layers(N, 1, d_model=D)
     stack = Stack.initialize(samples_LND, F, [torch.Generator()], ARCHITECTURES.load("topk"))
     weights = sum(w.nbytes for w in stack.trained().values())
-    expected = 3 * weights + stack.W_enc_LFD.numel() * 2 + C * D * 4
+    expected = 4 * weights + stack.W_enc_LFD.numel() * 2 + C * D * 4
     expected += weights + 4 * 4 * N * F if by_autograd else 0
-    assert bytes_of_layer(D, F, C, N, by_autograd) == pytest.approx(expected, rel=0.02)
+    assert measure_layer(D, F, C, N, by_autograd).total == pytest.approx(expected, rel=0.02)
+    assert measure_layer(D, F, C, N, by_autograd, 2).activations == C * D * 2
 
 
 @settings(max_examples=200, deadline=None)
@@ -120,7 +122,7 @@ def test_layers_that_do_not_fit_are_trained_block_by_block(trained, monkeypatch,
     expected, said, at_once = trained(activation_cache=activation_cache)
     assert not any("blocks" in line for line in said)
     # five layers of it need three blocks
-    free = 2.3 * bytes_of_layer(expected[0].W_enc.shape[0], 48, 1024, 128, False) / memory.USABLE_SHARE
+    free = 2.3 * measure_layer(expected[0].W_enc.shape[0], 48, 1024, 128, False).total / memory.USABLE_SHARE
     monkeypatch.setattr(jobs, "free_bytes", lambda device: int(free))
     found, said, in_blocks = trained(activation_cache=activation_cache)
     line = "zoo/pythia: 5 layers do not fit into memory at once; trained in blocks 0-1, 3-3, 4-5"

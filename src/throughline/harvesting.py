@@ -18,9 +18,14 @@ TOKENS_ON_GPU = 16_384
 
 def tokens_of_a_pass(model: LanguageModel) -> int:
     """How many tokens go through a model at once: what a processor's cache holds, or enough to keep a GPU busy."""
-    if model.device.type != "cpu":
+    return tokens_at_once(model.d_model, on_cpu=model.device.type == "cpu")
+
+
+def tokens_at_once(d_model: int, on_cpu: bool) -> int:
+    """The same for a model that is not open."""
+    if not on_cpu:
         return TOKENS_ON_GPU
-    return 1024 if model.d_model >= 256 else 2048
+    return 1024 if d_model >= 256 else 2048
 
 
 def harvest(

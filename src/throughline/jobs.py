@@ -8,7 +8,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -22,19 +22,20 @@ from throughline.journals import Journal, open_journals
 from throughline.registry import ARCHITECTURES
 from throughline.run_dir import digest_key
 from throughline.session import Session
-from throughline.study import ModelSpec, TrainingSpec
+from throughline.study import ModelSpec, Study, TrainingSpec
 from throughline.text import measure_text, read_documents
 from throughline.tokens import TokenRows, stream_rows
 from throughline.training import Progress, compiled, train
 from throughline.training.caching import CachedSource
 from throughline.training.checkpoints import Checkpoints
 from throughline.training.chunks import chunk_tokens
-from throughline.training.memory import bytes_of_layer, free_bytes, split_blocks
+from throughline.training.memory import free_bytes, measure_layer, split_blocks
 from throughline.training.precision import harvests_in_bfloat16
 from throughline.training.sources import ActivationSource
 
 PROBE_TOKENS = 16
 MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
+TOKENS_COUNTED_AT_ONCE = 4096
 DISK_BYTES_PER_SECOND = 5e8  # written once and read: what a cache costs, cautiously
 NOT_IN_KEYS = {"checkpoint_minutes", "activation_cache"}  # they change when and where, not what
 Report = Callable[[Progress], None]
@@ -42,7 +43,13 @@ Report = Callable[[Progress], None]
 
 def train_steps(session: Session, spec: ModelSpec) -> dict[int, tuple[str, str]]:
     """Step and key of each wanted layer's dictionary. The key of an imported one is its import's."""
-    study, imported = session.study, session.run.imported(spec.name)
+    return steps_of(session.study, spec, session.layers(spec), session.run.imported(spec.name))
+
+
+def steps_of(
+    study: Study, spec: ModelSpec, layers: Sequence[int], imported: Mapping[int, str]
+) -> dict[int, tuple[str, str]]:
+    """The same from the study alone, for `layers` of the model, of which `imported` are there with these keys."""
     dictionary, training = study.dictionary_for(spec), study.training.model_dump(exclude=NOT_IN_KEYS)
     model = spec.model_dump(exclude={"layers", "dictionary"})
 
@@ -51,9 +58,7 @@ def train_steps(session: Session, spec: ModelSpec) -> dict[int, tuple[str, str]]
             model, study.data.model_dump(), dictionary.at_layer(layer).model_dump(exclude={"per_layer"}), training
         )
 
-    return {
-        layer: (f"train/{spec.name}/{layer}", imported.get(layer) or key_of(layer)) for layer in session.layers(spec)
-    }
+    return {layer: (f"train/{spec.name}/{layer}", imported.get(layer) or key_of(layer)) for layer in layers}
 
 
 def train_layers(session: Session, spec: ModelSpec, layers: list[int], report: Report) -> None:
@@ -110,12 +115,16 @@ def _blocks(session: Session, spec: ModelSpec, layers: list[int], training: Trai
     model, study = session.model(spec.name), session.study
     total = training.tokens * training.epochs
     tokens = chunk_tokens(model.d_model, training.batch_tokens, total, model.num_layers)
+    rounded = (
+        harvests_in_bfloat16(training.precision, session.device, model.d_model) or model.hf.dtype == torch.bfloat16
+    )
     sizes = []
     for layer in layers:
         wanted = study.dictionary_for(spec).at_layer(layer)
         fast = compiled.can_train(ARCHITECTURES.load(wanted.architecture).name, session.device)
         width = wanted.width(model.d_model)
-        sizes.append(bytes_of_layer(model.d_model, width, tokens, training.batch_tokens, not fast))
+        shape = (model.d_model, width, tokens, training.batch_tokens)
+        sizes.append(measure_layer(*shape, by_autograd=not fast, bytes_per_number=2 if rounded else 4).total)
     return split_blocks(layers, sizes, free_bytes(session.device))
 
 
@@ -166,24 +175,33 @@ def _cache_is_cheaper(session: Session, text: TextSource, bytes_on_disk: int, tr
 
 def _open_rows(session: Session, name: str) -> Iterable[TokenRows]:
     """The training text as a model's tokens, a forward pass at a time."""
-    study, model, context = session.study, session.model(name), session.context(name)
-    rows = max(1, tokens_of_a_pass(model) // context)
+    model, context = session.model(name), session.context(name)
+    return _rows_of(session.study, model.tokenizer, context, tokens_of_a_pass(model))
+
+
+def _rows_of(study: Study, tokenizer: Any, context: int, num_tokens: int) -> Iterable[TokenRows]:
     documents = read_documents(study.data, "train", study.training.seed)
-    return stream_rows(documents, model.tokenizer, context, rows, study.data.keep_special_tokens)
+    return stream_rows(documents, tokenizer, context, max(1, num_tokens // context), study.data.keep_special_tokens)
 
 
 def _tokens_of_an_epoch(session: Session, name: str) -> int:
     """The study's tokens, or as many as its text has: the learning rate has to know when training ends."""
     wanted = session.study.training.tokens
-    size = measure_text(session.study.data)
+    count = count_tokens(session.study, session.model(name).tokenizer, session.context(name))
+    if count < wanted:
+        session.say(f"{name}: the text has {count:,} tokens to train on, less than the {wanted:,} asked for")
+    return count
+
+
+def count_tokens(study: Study, tokenizer: Any, context: int) -> int:
+    """Tokens of an epoch: the study's, or as many as its text has if those are fewer."""
+    wanted, size, count = study.training.tokens, measure_text(study.data), 0
     if size is None or size > MOST_BYTES_PER_TOKEN * wanted:
         return wanted
-    count = 0
-    for rows in _open_rows(session, name):
+    for rows in _rows_of(study, tokenizer, context, TOKENS_COUNTED_AT_ONCE):
         count += rows.num_tokens
         if count >= wanted:
             return wanted
-    session.say(f"{name}: the text has {count:,} tokens to train on, less than the {wanted:,} asked for")
     return count
 
 

@@ -3,24 +3,42 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from throughline.errors import TrainingError
 
 USABLE_SHARE = 0.8  # of what is free; the rest is for what is not counted
-BYTES_PER_WEIGHT = 4 + 4 + 4 + 1  # weight, two moments, and half of them (the encoder) once more in bfloat16
-GRADIENT_BYTES = 4  # a weight, where autograd trains
 PRE_ACTIVATIONS = 4  # float32 arrays of tokens by features that autograd holds at once
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def bytes_of_layer(d_model: int, d_sae: int, chunk_tokens: int, batch_tokens: int, by_autograd: bool) -> int:
-    """Weights, optimizer, activations and what a step needs, of one layer."""
-    weights = 2 * d_model * d_sae + d_model + d_sae
-    state = weights * (BYTES_PER_WEIGHT + (GRADIENT_BYTES if by_autograd else 0))
-    step = PRE_ACTIVATIONS * 4 * batch_tokens * d_sae if by_autograd else 0
-    return state + 4 * chunk_tokens * d_model + step
+class LayerBytes(NamedTuple):
+    """Memory of one layer's training at its end, which is when most is held: its dictionary is folded beside its moments."""
+
+    parameters: int  # float32 weights
+    optimizer: int  # two moments
+    activations: int  # the chunk
+    buffers: (
+        int  # the encoder in bfloat16, the folded dictionary; where autograd trains, gradients and what a step holds
+    )
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(self)
+
+
+def measure_layer(
+    d_model: int, d_sae: int, chunk_tokens: int, batch_tokens: int, by_autograd: bool, bytes_per_number: int = 4
+) -> LayerBytes:
+    """What one layer holds while it is trained. `bytes_per_number` is of the activations: 2 where they are bfloat16."""
+    weights = 4 * (2 * d_model * d_sae + d_model + d_sae)
+    rounded_encoder, folded = 2 * d_model * d_sae, weights
+    step = weights + PRE_ACTIVATIONS * 4 * batch_tokens * d_sae if by_autograd else 0
+    chunk = bytes_per_number * chunk_tokens * d_model
+    return LayerBytes(weights, 2 * weights, chunk, rounded_encoder + folded + step)
 
 
 def free_bytes(device: str) -> int:

@@ -28,4 +28,9 @@ def trains_in_bfloat16(precision: str, device: str) -> bool:
 
 def harvests_in_bfloat16(precision: str, device: str, d_model: int) -> bool:
     """The language model's forward pass during training; evaluation and tracing keep the model's own dtype."""
-    return trains_in_bfloat16(precision, device) and (precision != "auto" or d_model >= HARVEST_FROM_WIDTH)
+    return trains_in_bfloat16(precision, device) and is_wide_enough(precision, d_model)
+
+
+def is_wide_enough(precision: str, d_model: int) -> bool:
+    """True if a model of this width is run in bfloat16 where its dictionaries are trained so."""
+    return precision != "auto" or d_model >= HARVEST_FROM_WIDTH
