@@ -16,7 +16,7 @@ LAYERS = (
     {"text", "tokens", "models", "dictionaries"},
     {"harvesting", "codes"},
     {"training", "quality", "features", "labelers", "transfer", "tracing", "comparing", "analyzing", "zoo.training"},
-    {"executors", "session", "journals", "jobs", "pipeline", "model_card", "interop", "activations", "api"},
+    {"executors", "session", "journals", "jobs", "planning", "pipeline", "model_card", "interop", "activations", "api"},
     {"figures", "report", "cli", "zoo.__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

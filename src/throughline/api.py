@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 import polars as pl
 
 from throughline.errors import InputError
-from throughline.records import Analysis, Comparison, LayerQuality, Trace, TransferInfo
+from throughline.records import Analysis, Comparison, LayerQuality, Plan, Trace, TransferInfo
 from throughline.registry import METRICS, unknown
 from throughline.run_dir import RunDir
 from throughline.study import DictionarySpec, ModelSpec, Study, TrainingSpec, load_study
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from throughline.interop import ImportedDictionary
 
 Say = Callable[[str], None]
-PRESETS = ("commented", "seed98")
+PRESETS = ("commented", "seed98", "seed98-modern")
 
 
 def ignore(progress: Any) -> None:
@@ -78,6 +78,34 @@ def init(path: str | Path = "study.yaml", preset: str = "commented") -> Path:
         raise InputError(f"{path} exists; give another name")
     shutil.copyfile(str(files("throughline") / "presets" / f"{preset}.yaml"), path)
     return path
+
+
+def plan(
+    study: str | Path,
+    devices: str | None = None,
+    settings: list[str] | None = None,
+    out: str | Path | None = None,
+    say: Say = silent,
+) -> Plan:
+    """What the training of a study takes and which device does what of it; nothing is written.
+
+    `devices` such as 3x48GiB,1x24GiB@l4 (their rates are assumed); without, those of this machine, measured for a few seconds.
+    `out` is an existing run: layers that it has from the same settings are skipped. InputError if something fits on no device.
+    """
+    loaded = load_study(study, settings)
+    from throughline.planning.devices import parse_devices
+
+    named = None if devices is None else parse_devices(devices)
+    run = None if out is None else RunDir.open(out)
+    from throughline.planning.calibration import find_devices
+    from throughline.planning.studies import plan_study
+
+    if named is None:
+        say("measuring this machine")
+    there = named or find_devices(loaded.training.precision)
+    if run is None:
+        return plan_study(loaded, there, say=say)
+    return plan_study(loaded, there, run.manifest(), run.imported, say)
 
 
 @overload

@@ -315,3 +315,63 @@ class RunInfo(Record):
     created: str
     forced: bool = False
     random_weights: list[str] = []  # models of the run that were never trained
+
+
+class PlannedDevice(Record):
+    """One device that work is planned for, with the rates that times are computed from."""
+
+    name: str
+    kind: str  # devices of one kind have the same memory and rates
+    memory_bytes: int
+    flops_per_second: float  # matrix products in the dtype that dictionaries are trained in
+    float32_flops_per_second: float
+    bytes_per_second: float  # memory
+    start_seconds: float  # until a job's model begins to be read
+    measured: bool  # False: the rates are assumed
+    on_cpu: bool
+    bfloat16: bool  # multiplies it faster than float32
+    threads: int = 1  # that train on a CPU
+
+
+class PlannedJob(Record):
+    """Consecutive pending layers of one model on one device. `bytes` are parts of its peak memory, which is `total_bytes`."""
+
+    model: str
+    first: int
+    last: int
+    layers: list[int]  # first to last, but for those that are done
+    device: str
+    bytes: dict[str, int]  # base, model, forward, parameters, optimizer, activations, buffers
+    total_bytes: int
+    disk_bytes: dict[str, int]  # dictionaries; while it runs, checkpoint and activations
+    flops: float
+    start_second: float
+    seconds: float
+    cached: bool  # activations are kept on disk and read again, instead of computed in each epoch
+
+
+class PlannedModel(Record):
+    """What is planned of one model, and why its activations are kept or not."""
+
+    model: str
+    num_layers: int
+    pending: list[int]
+    done: list[int]  # from the same settings, so skipped
+    invalidated: list[int]  # there, but from other settings, so trained again
+    tokens: int  # of an epoch
+    activations: str
+
+
+class Plan(Record):
+    """What a study takes, job by job in the order in which they start. Seconds and bytes are predictions."""
+
+    study: str
+    devices: list[PlannedDevice]
+    models: list[PlannedModel]
+    jobs: list[PlannedJob]
+    makespan_seconds: float
+    lower_bound_seconds: float  # no split and no placement ends sooner
+    work_seconds: float  # of all models unsplit, on the fastest device
+    flops: float
+    disk_bytes: dict[str, int]  # dictionaries, which stay; checkpoints and activations, the most at any time
+    assumptions: list[str]

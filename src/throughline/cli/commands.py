@@ -67,7 +67,12 @@ def demo(
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="where to write it")] = Path("study.yaml"),
-    preset: Annotated[str, typer.Option(help="commented, or seed98: the study of 98 dictionaries")] = "commented",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="commented; seed98, the study of 98 dictionaries; or seed98-modern, the same as one does it now"
+        ),
+    ] = "commented",
 ) -> None:
     """Write a study file to start from."""
     from throughline import api
@@ -94,6 +99,29 @@ def run(
         finished = api.run(study, out, settings, resume, force, device, news.say, news.progress)
     if not quiet:
         render.finished(finished)
+
+
+@app.command()
+def plan(
+    study: Study,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="such as 3x48GiB,1x24GiB@l4; default those of this machine, measured", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="an existing run, of which what is done is skipped", show_default=False)
+    ] = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Jobs, memory, disk and time, before anything is spent."""
+    from throughline import api
+    from throughline.cli import live, render
+
+    with live.Live(quiet or as_json) as news:
+        made = api.plan(study, devices, settings, out, news.say)
+    _print(as_json, made.model_dump(), lambda: render.plan(made), quiet)
 
 
 @app.command()

@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from throughline.records import ActiveFeature, Comparison, LayerQuality, Trace, TransferResult, best_labels
+from throughline.records import ActiveFeature, Comparison, LayerQuality, Plan, Trace, TransferResult, best_labels
 
 PLAIN_WIDTH = 118
+MOST_JOBS = 40  # that a plan lists one by one
 MOST_COMPARED = 8  # features of each model that a comparison lists
 
 
@@ -132,6 +133,68 @@ def status(found: dict[str, Any]) -> None:
         layers = span(list(model["layers"])) if model["layers"] else "all"
         table.add_row(name, layers, model["state"], _gate_of(model), *done, _now_of(model))
     out.print(table)
+
+
+def plan(made: Plan) -> None:
+    """The jobs in the order in which they start, or where they are many a line a device; totals; what was assumed."""
+    out = console()
+    for model in made.models:
+        said = [
+            f"{model.model}: {len(model.pending)} of {model.num_layers} layers to train, {model.tokens:,} tokens an epoch"
+        ]
+        said += [f"layers {span(model.done)} are done and skipped"] if model.done else []
+        said += [f"layers {span(model.invalidated)} were made from other settings"] if model.invalidated else []
+        out.print(Text("; ".join([*said, f"activations {model.activations}"])), soft_wrap=True)
+    if not made.jobs:
+        out.print("nothing to train")
+        return
+    out.print(_table_of_jobs(made) if len(made.jobs) <= MOST_JOBS else _table_of_devices(made))
+    end, work = _clock(made.makespan_seconds), _clock(made.work_seconds)
+    out.print(
+        f"ends after {end}, {made.makespan_seconds / made.lower_bound_seconds:.2f} times the lower bound; "
+        f"{work} on one of the fastest devices without splitting; {made.flops:.3g} FLOP",
+        soft_wrap=True,
+    )
+    disk = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in made.disk_bytes.items())
+    out.print(f"disk: {disk}", soft_wrap=True)
+    for line in made.assumptions:
+        _explain(out, "assumed", line)
+
+
+def _table_of_jobs(made: Plan) -> Table:
+    table = _table("model", "layers", "device", "memory", "disk", "FLOP", "starts", "takes", words=3)
+    for job in made.jobs:
+        disk = sum(job.disk_bytes.values()) / 2**30
+        table.add_row(
+            Text(job.model),
+            span(job.layers),
+            Text(job.device),
+            f"{job.total_bytes / 2**30:.2f} GiB",
+            f"{disk:.1f} GiB",
+            f"{job.flops:.2g}",
+            _clock(job.start_second),
+            _clock(job.seconds),
+        )
+    return table
+
+
+def _table_of_devices(made: Plan) -> Table:
+    table = _table("device", "jobs", "ends", "memory", words=2)
+    for device in made.devices:
+        mine = [job for job in made.jobs if job.device == device.name]
+        table.add_row(
+            Text(device.name),
+            Text("; ".join(f"{job.model} {span(job.layers)}" for job in mine) or "none"),
+            _clock(max((job.start_second + job.seconds for job in mine), default=0)),
+            f"{max((job.total_bytes for job in mine), default=0) / 2**30:.1f} GiB",
+        )
+    return table
+
+
+def _clock(seconds: float) -> str:
+    """`h:mm:ss`."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def _gate_of(model: dict[str, Any]) -> str:

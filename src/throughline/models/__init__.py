@@ -2,7 +2,7 @@
 
 from throughline.models.families import FAMILIES, Family
 from throughline.models.language_model import Inputs, LanguageModel, ModelOutput
-from throughline.models.opening import check_model, open_model, read_tokenizer
+from throughline.models.opening import check_model, open_model, outline_model, read_tokenizer
 
 __all__ = [
     "FAMILIES",
@@ -12,5 +12,6 @@ __all__ = [
     "ModelOutput",
     "check_model",
     "open_model",
+    "outline_model",
     "read_tokenizer",
 ]

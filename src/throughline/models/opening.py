@@ -26,7 +26,7 @@ from throughline.errors import InputError
 from throughline.models.families import FAMILIES
 from throughline.models.gelu import fuse_gelu_
 from throughline.models.language_model import LanguageModel, check_layers, quiet_transformers
-from throughline.models.random_weights import build_random, byte_tokenizer
+from throughline.models.random_weights import build_empty, build_random, byte_tokenizer
 from throughline.study import ModelSpec
 from throughline.zoo import resolve_path
 
@@ -57,6 +57,18 @@ def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     path, config = _find(spec)
     with _quiet():
         return _find_tokenizer(path, spec, config)
+
+
+def outline_model(spec: ModelSpec) -> PreTrainedModel:
+    """The modules of `open_model` on the meta device, tied where its weights are: what there is to count, without weights."""
+    path, _ = _find(spec)
+    with _quiet():
+        config = _said_in_one_line(
+            path, AutoConfig.from_pretrained, path, revision=spec.revision, trust_remote_code=False
+        )
+        hf = build_empty(config, dtype=getattr(torch, spec.dtype))
+        hf.tie_weights()
+    return hf
 
 
 def check_model(spec: ModelSpec) -> int | None:

@@ -55,6 +55,16 @@ class _PooledNormal(TorchFunctionMode):
         return tensor
 
 
+def build_empty(
+    config: PreTrainedConfig, *, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The modules of the causal language model of `config` on the meta device: shapes, and no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+        )
+
+
 def build_random(
     config: PreTrainedConfig, *, name: str, dtype: torch.dtype, attn_implementation: str | None, device: str
 ) -> PreTrainedModel:
@@ -62,10 +72,7 @@ def build_random(
 
     Memory: the weights once, and 32 MB. InputError if the architecture's own rules leave something undefined.
     """
-    with torch.device("meta"):
-        hf: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
-        )
+    hf: Any = build_empty(config, dtype=dtype, attn_implementation=attn_implementation)
     hf.to_empty(device=device)
     hf.tie_weights()
     for tensor_name, tensor in _tensors(hf):

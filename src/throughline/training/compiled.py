@@ -37,6 +37,15 @@ def can_train(architecture: str, device: str) -> bool:
     return device == "cpu" and architecture in ARCHITECTURES
 
 
+def workspace_bytes(num_tokens: int, d_model: int, d_sae: int, k: float | None) -> int:
+    """What a `Workspace` of one prefix takes, in bfloat16; `k` None: a penalty decides how many features are active."""
+    num_aux = min(num_tokens, AUX_TOKENS)
+    per_token = d_model * (4 + 2 + 4) + 2 * d_sae
+    gradients = (num_tokens + num_aux) * d_model * (4 + 2) + 4 * num_aux * d_model
+    entries = 2 * num_tokens * int(k or d_model) + num_aux * max(1, d_model // 2)
+    return num_tokens * per_token + gradients + 28 * entries
+
+
 class Workspace:
     """What one thread needs beside a layer's weights, for batches of N tokens of one shape."""
 

@@ -1,0 +1,191 @@
+"""A study's plan: what is left to train, what it costs on every kind of device, and where each block of layers goes.
+
+1. count each model on the meta device; leave out the layers that are done from the same settings
+2. costs of each model on each kind of device
+3. refuse what fits nowhere, and say what would
+4. place, and describe every job
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from throughline.jobs import count_tokens, steps_of
+from throughline.models import check_model, read_tokenizer
+from throughline.models.language_model import check_layers
+from throughline.planning.blocks import Block, Device, find_misfit, work_of
+from throughline.planning.costs import (
+    ACTIVE_SHARE,
+    FORWARD_SHARE,
+    WEIGHTS_BYTES_PER_SECOND,
+    ModelCosts,
+    Setting,
+    count_costs,
+)
+from throughline.planning.devices import describe_assumptions
+from throughline.planning.misfits import refuse
+from throughline.planning.placing import Placement, place
+from throughline.planning.shapes import ModelShape, measure_shape
+from throughline.records import Plan, PlannedDevice, PlannedJob, PlannedModel, StepRecord
+from throughline.study import ModelSpec, Study
+
+GIB = 2**30
+Say = Callable[[str], None]
+Manifest = Mapping[str, StepRecord]
+AllCosts = dict[str, dict[str, ModelCosts]]  # by model, then by kind of device
+
+
+def plan_study(
+    study: Study,
+    devices: list[PlannedDevice],
+    manifest: Manifest | None = None,
+    imported: Callable[[str], Mapping[int, str]] = lambda model: {},
+    say: Say = lambda line: None,
+) -> Plan:
+    """The plan of what `manifest` (the finished steps of a run) has not. `imported` gives a model's imported layers and their keys.
+
+    InputError if a model or text cannot be read, or something fits on none of the devices.
+    """
+    kinds = {device.kind: device for device in devices}
+    counted: list[_Counted] = []
+    costs: AllCosts = {}
+    for spec in study.models:
+        say(f"counting {spec.name}")
+        check_model(spec)
+        shape = measure_shape(spec)
+        tokens = count_tokens(study, read_tokenizer(spec), min(study.data.context, shape.context))
+        setting = {kind: Setting(study, spec, shape, device, tokens) for kind, device in kinds.items()}
+        layers = divide_layers(study, spec, shape.num_layers, manifest or {}, imported(spec.name))
+        costs[spec.name] = {kind: count_costs(setting[kind], layers.pending) for kind in kinds}
+        counted.append(_Counted(shape, tokens, layers))
+        refuse(setting, layers.pending, devices)
+    placeable = {name: {kind: found.costs for kind, found in on.items()} for name, on in costs.items()}
+    places = [Device(device.kind, device.memory_bytes) for device in devices]
+    assert find_misfit(placeable, places) is None
+    placement = place(placeable, places)
+    jobs = [describe_job(costs, block, devices[block.device]) for block in placement.blocks]
+    return Plan(
+        study=study.name,
+        devices=devices,
+        models=[_describe_model(study, model, jobs) for model in counted],
+        jobs=jobs,
+        makespan_seconds=placement.makespan,
+        lower_bound_seconds=placement.lower_bound,
+        work_seconds=min(work_of(placeable, kind) for kind in kinds),
+        flops=sum(job.flops for job in jobs),
+        disk_bytes=_disk_of(jobs),
+        assumptions=_assumptions(study, devices, placement),
+    )
+
+
+class Layers(NamedTuple):
+    """The wanted layers of a model: left to train, done from the same key, and those of the former that are there from another."""
+
+    pending: list[int]
+    done: list[int]
+    invalidated: list[int]
+
+
+def divide_layers(
+    study: Study, spec: ModelSpec, num_layers: int, manifest: Manifest, imported: Mapping[int, str]
+) -> Layers:
+    """What a run with these finished steps and imported layers leaves to do."""
+    check_layers(spec.name, spec.layers, num_layers)
+    wanted = list(range(num_layers)) if spec.layers == "all" else sorted(set(spec.layers))
+    steps = steps_of(study, spec, wanted, imported)
+    done = [layer for layer, (step, key) in steps.items() if step in manifest and manifest[step].key == key]
+    pending = [layer for layer in wanted if layer not in done]
+    return Layers(pending, done, [layer for layer in pending if steps[layer][0] in manifest])
+
+
+def describe_job(costs: AllCosts, block: Block, device: PlannedDevice) -> PlannedJob:
+    """What a block takes, part by part."""
+    model = costs[block.model][device.kind]
+    some, last = slice(block.first, block.stop), block.stop - 1
+    layers = list(model.costs.layers[some])
+    cached = model.costs.is_cached(block.first, block.stop)
+    epochs = 1 if cached else model.costs.epochs
+    parts = model.parts[some]
+    held = dict(model.fixed)
+    held["forward"] += sum(model.forward_bytes[some])
+    held |= {name: sum(getattr(part, name) for part in parts) for name in ("parameters", "optimizer", "activations")}
+    held["buffers"] += sum(part.buffers for part in parts)
+    disk = {
+        "dictionaries": sum(model.dictionary_bytes[some]),
+        "checkpoint": sum(model.checkpoint_bytes[some]),
+        "activations": sum(model.cache_bytes[some]) if cached else 0,
+    }
+    return PlannedJob(
+        model=block.model,
+        first=layers[0],
+        last=layers[-1],
+        layers=layers,
+        device=device.name,
+        bytes=held,
+        total_bytes=sum(held.values()),
+        disk_bytes=disk,
+        flops=epochs * model.forward_flops[last] + sum(model.train_flops[some]),
+        start_second=block.start,
+        seconds=block.seconds,
+        cached=cached,
+    )
+
+
+def _disk_of(jobs: list[PlannedJob]) -> dict[str, int]:
+    """Dictionaries stay; of checkpoints and activations each device has those of one job at a time."""
+    most: dict[str, dict[str, int]] = {}
+    for job in jobs:
+        here = most.setdefault(job.device, {"checkpoints": 0, "activations": 0})
+        here["checkpoints"] = max(here["checkpoints"], job.disk_bytes["checkpoint"])
+        here["activations"] = max(here["activations"], job.disk_bytes["activations"])
+    passing = {name: sum(here[name] for here in most.values()) for name in ("checkpoints", "activations")}
+    return {"dictionaries": sum(job.disk_bytes["dictionaries"] for job in jobs)} | passing
+
+
+class _Counted(NamedTuple):
+    shape: ModelShape
+    tokens: int
+    layers: Layers
+
+
+def _describe_model(study: Study, model: _Counted, jobs: list[PlannedJob]) -> PlannedModel:
+    return PlannedModel(
+        model=model.shape.name,
+        num_layers=model.shape.num_layers,
+        **model.layers._asdict(),
+        tokens=model.tokens,
+        activations=_why_cached(study, [job for job in jobs if job.model == model.shape.name]),
+    )
+
+
+def _why_cached(study: Study, jobs: list[PlannedJob]) -> str:
+    """Whether a model's activations are kept on disk, and why."""
+    wanted, epochs = study.training.activation_cache, study.training.epochs
+    if not jobs:
+        return "nothing to train"
+    if epochs == 1:
+        return "not kept: one epoch"
+    if wanted == "off":
+        return f"not kept: activation_cache is off; computed in each of {epochs} epochs"
+    gib = sum(job.disk_bytes["activations"] for job in jobs) / GIB
+    if wanted == "on":
+        return f"kept on disk ({gib:.1f} GiB): activation_cache is on"
+    kept = sum(job.cached for job in jobs)
+    if not kept:
+        return f"not kept: computing them in each of {epochs} epochs takes less time than reading them"
+    where = "" if kept == len(jobs) else f" by {kept} of {len(jobs)} jobs"
+    return f"kept on disk{where} ({gib:.1f} GiB): reading them takes less time than computing them in each of {epochs} epochs"
+
+
+def _assumptions(study: Study, devices: list[PlannedDevice], placement: Placement) -> list[str]:
+    lines = describe_assumptions(devices)
+    lines.append(
+        f"a forward pass reaches {FORWARD_SHARE:.0%} of these products; "
+        f"weights are read at {WEIGHTS_BYTES_PER_SECOND / 1e9:g} GB/s; the disk has room"
+    )
+    if any(study.dictionary_for(m).l0 is None for m in study.models):
+        lines.append(f"where a penalty decides, {ACTIVE_SHARE:.0%} of the features are active")
+    if len({block.model for block in placement.blocks}) < len(placement.blocks):
+        lines.append(
+            "the parts of a split model each run it up to their last layer; layers do not depend on one another"
+        )
+    return lines
