@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("cli")
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "What is 15 + 27?"
 COMMANDS = (
-    "demo init run train status evaluate features label transfer report trace compare import export".split()  # noqa: SIM905
+    "demo init run plan train status evaluate features label transfer report trace compare import export".split()  # noqa: SIM905
 )
 FUNCTIONS = {"import": "import_sae", "export": "export_sae"}  # import is a word of Python's own
 LENIENT = {"max_l0_share": 1.0, "max_fvu": 1.0, "min_ce_recovered": 0.0, "max_dead": 1.0}
@@ -95,6 +95,39 @@ def written_study(folder: Path, **changes) -> Path:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(STUDY | changes))
     return path
+
+
+# ---- plan
+
+
+def test_a_plan_writes_nothing_and_tells_what_is_done(say, tiny, tmp_path):
+    study, before = tiny.parent / "study.yaml", snapshot(tiny.parent)
+    code, out, _ = say("plan", study, "--devices", "1x24GiB", "--out", tiny, "--json")
+    made = json.loads(out)
+    assert code == 0 and made["jobs"] == [] and [m["done"] for m in made["models"]] == [[0, 1], [0, 1]]
+    changed = ["--set", "training.seed=1", "--out", tiny]
+    code, out, _ = say("plan", study, "--devices", "1x24GiB,1x16GiB", *changed)
+    assert code == 0 and "layers 0-1 were made from other settings" in out and "0:00:0" in out
+    assert snapshot(tiny.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--devices", "3x48"],
+            "--devices: expected COUNTxMEMORYGiB[@CARD], several with commas, such as 3x48GiB,1x24GiB",
+        ),
+        (["--devices", "1x0.5GiB"], "GiB at most; a device of 0.9 GiB would do"),
+        (["--devices", "1x24GiB", "--out", "nowhere"], "nowhere does not exist"),
+        (["--devices", "1x24GiB", "--set", "data.path=none.jsonl"], "data.path none.jsonl does not exist"),
+        (["--devices", "1x24GiB", "--set", "models=[{path: zoo/gpt2, layers: [7]}]"], "layer 7 asked of zoo/gpt2"),
+    ],
+)
+def test_plans_that_are_refused(say, tiny, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(say("plan", tiny.parent / "study.yaml", *arguments))
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- wrong input of train and run: one line, exit code 2, nothing written

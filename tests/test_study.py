@@ -290,6 +290,19 @@ def test_seed98_is_the_study_of_98_dictionaries():
     assert {study.dictionary.l1_at(i, 24) for i in range(24)} == {1.5e-4, 1e-4, 5e-5}
 
 
+@pytest.mark.parametrize("name", ["seed98-modern", "seed98-offline"])
+def test_its_siblings_have_the_same_models(name):
+    study, first = load_study(ROOT / "examples" / f"{name}.yaml"), load_study(PRESET_FOLDER / "seed98.yaml")
+    assert [m.name.removesuffix(" (random weights)") for m in study.models] == [m.name for m in first.models]
+    if name == "seed98-offline":
+        assert (study.dictionary, study.training) == (first.dictionary, first.training)
+        assert {m.weights for m in study.models} == {"random"}
+        return
+    assert (PRESET_FOLDER / f"{name}.yaml").read_text() == (ROOT / "examples" / f"{name}.yaml").read_text()
+    assert (study.dictionary.architecture, study.dictionary.k) == ("topk", 64)
+    assert (study.training.tokens, study.training.batch_tokens) == (50_000_000, 4096)
+
+
 def test_every_default_is_valid_on_its_own():
     study = Study(**tree())  # type: ignore[arg-type]
     assert study.dictionary.architecture in ARCHITECTURES.names()

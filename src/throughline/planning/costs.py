@@ -29,10 +29,10 @@ BASE_BYTES = {True: int(0.58 * 2**30), False: int(0.8 * 2**30)}  # by: is it a C
 RANDOM_WEIGHTS_BYTES = 80 * 2**20  # the pool of normal numbers, which stays with the process
 FORWARD_SHARE = 0.45  # of the rate of products, that a forward pass reaches: 183 of 399 GFLOP/s (docs/performance.md)
 SPARSE_SHARE = 0.3  # of the rate of float32 products, that gathering rows of weights reaches
-WEIGHTS_BYTES_PER_SECOND = 1e9  # read from disk, or made
+WEIGHTS_BYTES_PER_SECOND = 2e9  # read from disk, or made
 ADAM_BYTES = {True: 48 + 4, False: 120}  # moved for each of D x F a step, by: is it compiled
 PRE_ACTIVATION_PASSES = {True: 3, False: 10}  # reads and writes of each pre-activation, by: is it compiled
-SECONDS_PER_STEP = 5e-4  # of a GPU: kernels are started one by one, for all layers at once
+SECONDS_PER_STEP = 5e-4  # at least, on a GPU: kernels are started one by one, for all layers at once
 ACTIVE_SHARE = 0.05  # of the features, where a penalty decides
 SPARSE_DECODERS = ("topk",)  # autograd reads a rows of the decoder for them; the others multiply by all of it
 
@@ -112,14 +112,15 @@ def count_costs(setting: Setting, pending: list[int]) -> ModelCosts:
         "buffers": max((layer.shared_bytes for layer in layers), default=0),
     }
     cache = [training.tokens * shape.d_model * setting.activation_bytes] * len(pending)
-    steps = 0.0 if device.on_cpu else training.num_steps * SECONDS_PER_STEP
+    shortest = min((layer.seconds for layer in layers), default=0.0)
+    waiting = 0.0 if device.on_cpu else max(0.0, training.num_steps * SECONDS_PER_STEP - shortest)
     costs = Costs(
         layers=pending,
         train_seconds=[layer.seconds for layer in layers],
         forward_seconds=[flops / (FORWARD_SHARE * rate) for flops in forward],
         layer_bytes=[layer.parts.total + on_the_way for layer in layers],
         fixed_bytes=sum(fixed.values()),
-        start_seconds=device.start_seconds + weights / WEIGHTS_BYTES_PER_SECOND + steps,
+        start_seconds=device.start_seconds + weights / WEIGHTS_BYTES_PER_SECOND + waiting,
         epochs=training.epochs,
         cache_seconds=None if training.activation_cache == "off" else _cache_seconds(cache, training.epochs),
         always_cached=training.activation_cache == "on",

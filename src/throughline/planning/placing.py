@@ -4,6 +4,7 @@
    what is left of its time with blocks of other models
 2. halve the gap between the shortest guess that worked and the longest that did not
 3. do this for several orders of models and devices, and for small studies in a closer way, and keep the best
+    4. move single layers from the device that ends last to those that end first
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +13,11 @@ from math import inf
 from typing import NamedTuple
 
 from throughline.planning.blocks import Block, Device, Models, bound_below, work_of
+from throughline.planning.levelling import level
 
 CLOSE_ENOUGH = 0.004  # of the makespan, where halving the gap ends
 FILL_INS = 12  # models tried for what is left of a device's time
+MOST_LEVELLED = 64  # devices; with more, what is left at the end of each is little
 SMALL = 20_000  # devices times models squared, up to which close filling is tried
 SHORTER = 2  # layers less than the longest block that close filling tries
 NEAR = 1.005  # times the training found, from which on another way to begin is better
@@ -38,6 +41,8 @@ def place(models: Models, devices: Sequence[Device]) -> Placement:
     assert best is not None, "a layer fits on no device"
     for orders in _orders(models, devices):
         best = _improve(models, devices, orders, bound, best)
+    if len(devices) <= MOST_LEVELLED:
+        best = level(models, devices, best)
     blocks = sorted(best, key=lambda block: (block.start, block.device))
     return Placement(blocks, _end(best), bound)
 

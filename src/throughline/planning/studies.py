@@ -27,6 +27,7 @@ from throughline.planning.placing import Placement, place
 from throughline.planning.shapes import ModelShape, measure_shape
 from throughline.records import Plan, PlannedDevice, PlannedJob, PlannedModel, StepRecord
 from throughline.study import ModelSpec, Study
+from throughline.text import read_documents
 
 GIB = 2**30
 Say = Callable[[str], None]
@@ -45,19 +46,24 @@ def plan_study(
 
     InputError if a model or text cannot be read, or something fits on none of the devices.
     """
+    next(read_documents(study.data, "train", study.training.seed))  # a text that is not there is refused here
     kinds = {device.kind: device for device in devices}
     counted: list[_Counted] = []
-    costs: AllCosts = {}
+    settings: dict[str, dict[str, Setting]] = {}
     for spec in study.models:
         say(f"counting {spec.name}")
         check_model(spec)
         shape = measure_shape(spec)
         tokens = count_tokens(study, read_tokenizer(spec), min(study.data.context, shape.context))
-        setting = {kind: Setting(study, spec, shape, device, tokens) for kind, device in kinds.items()}
         layers = divide_layers(study, spec, shape.num_layers, manifest or {}, imported(spec.name))
-        costs[spec.name] = {kind: count_costs(setting[kind], layers.pending) for kind in kinds}
         counted.append(_Counted(shape, tokens, layers))
-        refuse(setting, layers.pending, devices)
+        settings[spec.name] = {kind: Setting(study, spec, shape, device, tokens) for kind, device in kinds.items()}
+    pending = {model.shape.name: model.layers.pending for model in counted}
+    refuse(settings, pending, devices)
+    costs = {
+        name: {kind: count_costs(setting, pending[name]) for kind, setting in on.items()}
+        for name, on in settings.items()
+    }
     placeable = {name: {kind: found.costs for kind, found in on.items()} for name, on in costs.items()}
     places = [Device(device.kind, device.memory_bytes) for device in devices]
     assert find_misfit(placeable, places) is None
