@@ -118,7 +118,7 @@ def test_a_plan_writes_nothing_and_tells_what_is_done(say, tiny, tmp_path):
             ["--devices", "3x48"],
             "--devices: expected COUNTxMEMORYGiB[@CARD], several with commas, such as 3x48GiB,1x24GiB",
         ),
-        (["--devices", "1x0.5GiB"], "GiB at most; a device of 0.9 GiB would do"),
+        (["--devices", "1x0.5GiB"], "GiB at most; a device of 1 GiB would do"),
         (["--devices", "1x24GiB", "--out", "nowhere"], "nowhere does not exist"),
         (["--devices", "1x24GiB", "--set", "data.path=none.jsonl"], "data.path none.jsonl does not exist"),
         (["--devices", "1x24GiB", "--set", "models=[{path: zoo/gpt2, layers: [7]}]"], "layer 7 asked of zoo/gpt2"),

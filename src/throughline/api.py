@@ -98,14 +98,13 @@ def plan(
     named = None if devices is None else parse_devices(devices)
     run = None if out is None else RunDir.open(out)
     from throughline.planning.calibration import find_devices
-    from throughline.planning.studies import plan_study
+    from throughline.planning.studies import count_models, place_models
 
+    counted = count_models(loaded, run.manifest(), run.imported) if run else count_models(loaded, {})
     if named is None:
         say("measuring this machine")
-    there = named or find_devices(loaded.training.precision)
-    if run is None:
-        return plan_study(loaded, there, say=say)
-    return plan_study(loaded, there, run.manifest(), run.imported, say)
+        named = find_devices(loaded.training.precision)
+    return place_models(loaded, counted, named)
 
 
 @overload

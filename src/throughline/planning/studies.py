@@ -26,38 +26,63 @@ from throughline.planning.misfits import refuse
 from throughline.planning.placing import Placement, place
 from throughline.planning.shapes import ModelShape, measure_shape
 from throughline.records import Plan, PlannedDevice, PlannedJob, PlannedModel, StepRecord
-from throughline.study import ModelSpec, Study
+from throughline.study import ModelSpec, Study, parse_study
 from throughline.text import read_documents
 
 GIB = 2**30
-Say = Callable[[str], None]
 Manifest = Mapping[str, StepRecord]
 AllCosts = dict[str, dict[str, ModelCosts]]  # by model, then by kind of device
 
 
-def plan_study(
-    study: Study,
-    devices: list[PlannedDevice],
-    manifest: Manifest | None = None,
-    imported: Callable[[str], Mapping[int, str]] = lambda model: {},
-    say: Say = lambda line: None,
-) -> Plan:
-    """The plan of what `manifest` (the finished steps of a run) has not. `imported` gives a model's imported layers and their keys.
+def plan_study(study: Study, devices: list[PlannedDevice], manifest: Manifest | None = None) -> Plan:
+    """The plan of what `manifest` (the finished steps of a run) has not. InputError as `count_models` and `place_models`."""
+    return place_models(study, count_models(study, manifest or {}), devices)
 
-    InputError if a model or text cannot be read, or something fits on none of the devices.
+
+class Layers(NamedTuple):
+    """The wanted layers of a model: left to train, done from the same key, and those of the former that are there from another."""
+
+    pending: list[int]
+    done: list[int]
+    invalidated: list[int]
+
+
+class CountedModel(NamedTuple):
+    """One model of a study: its shape, the tokens of an epoch, and which of its layers are left."""
+
+    shape: ModelShape
+    tokens: int
+    layers: Layers
+
+
+def count_models(
+    study: Study, manifest: Manifest, imported: Callable[[str], Mapping[int, str]] = lambda model: {}
+) -> list[CountedModel]:
+    """The study's models, and what of them a run with these finished steps has left. `imported` gives a model's imported layers
+    and their keys. InputError if a model or the text cannot be read.
     """
-    next(read_documents(study.data, "train", study.training.seed))  # a text that is not there is refused here
-    kinds = {device.kind: device for device in devices}
-    counted: list[_Counted] = []
-    settings: dict[str, dict[str, Setting]] = {}
+    # as a run reads it back, 8 as 8.0: keys are made of what is written there
+    study = parse_study(study.model_dump(mode="json"))
+    next(read_documents(study.data, "train", study.training.seed))
+    counted = []
     for spec in study.models:
-        say(f"counting {spec.name}")
         check_model(spec)
         shape = measure_shape(spec)
         tokens = count_tokens(study, read_tokenizer(spec), min(study.data.context, shape.context))
-        layers = divide_layers(study, spec, shape.num_layers, manifest or {}, imported(spec.name))
-        counted.append(_Counted(shape, tokens, layers))
-        settings[spec.name] = {kind: Setting(study, spec, shape, device, tokens) for kind, device in kinds.items()}
+        layers = divide_layers(study, spec, shape.num_layers, manifest, imported(spec.name))
+        counted.append(CountedModel(shape, tokens, layers))
+    return counted
+
+
+def place_models(study: Study, counted: list[CountedModel], devices: list[PlannedDevice]) -> Plan:
+    """The plan of what is left of these models. InputError if something fits on none of the devices."""
+    kinds = {device.kind: device for device in devices}
+    settings = {
+        m.shape.name: {
+            kind: Setting(study, study.model(m.shape.name), m.shape, device, m.tokens) for kind, device in kinds.items()
+        }
+        for m in counted
+    }
     pending = {model.shape.name: model.layers.pending for model in counted}
     refuse(settings, pending, devices)
     costs = {
@@ -81,14 +106,6 @@ def plan_study(
         disk_bytes=_disk_of(jobs),
         assumptions=_assumptions(study, devices, placement),
     )
-
-
-class Layers(NamedTuple):
-    """The wanted layers of a model: left to train, done from the same key, and those of the former that are there from another."""
-
-    pending: list[int]
-    done: list[int]
-    invalidated: list[int]
 
 
 def divide_layers(
@@ -147,13 +164,7 @@ def _disk_of(jobs: list[PlannedJob]) -> dict[str, int]:
     return {"dictionaries": sum(job.disk_bytes["dictionaries"] for job in jobs)} | passing
 
 
-class _Counted(NamedTuple):
-    shape: ModelShape
-    tokens: int
-    layers: Layers
-
-
-def _describe_model(study: Study, model: _Counted, jobs: list[PlannedJob]) -> PlannedModel:
+def _describe_model(study: Study, model: CountedModel, jobs: list[PlannedJob]) -> PlannedModel:
     return PlannedModel(
         model=model.shape.name,
         num_layers=model.shape.num_layers,
