@@ -25,7 +25,7 @@ from throughline.training.precision import is_wide_enough
 
 # Python, torch, transformers and compiled loops. Measured 0.53 to 0.58 GiB (a first run that compiles them: 0.61) on Linux; a GPU's
 # context and the gaps between its tensors are assumed.
-BASE_BYTES = {True: int(0.58 * 2**30), False: int(0.8 * 2**30)}  # by: is it a CPU
+BASE_BYTES = {True: int(0.56 * 2**30), False: int(0.8 * 2**30)}  # by: is it a CPU
 RANDOM_WEIGHTS_BYTES = 80 * 2**20  # the pool of normal numbers, which stays with the process
 FORWARD_SHARE = 0.45  # of the rate of products, that a forward pass reaches: 183 of 399 GFLOP/s (docs/performance.md)
 SPARSE_SHARE = 0.3  # of the rate of float32 products, that gathering rows of weights reaches
