@@ -1,6 +1,6 @@
-"""One job of training: consecutive layers of one model, from the study's text to dictionaries in the run folder.
+"""One job of training: layers of one model on one device, from the study's text to dictionaries in the run folder.
 
-1. split the model's pending layers into blocks whose training state fits into memory
+1. split the layers into blocks whose training state fits into memory; a block that was begun stays as it is
 2. for each block: open the text as activations (kept on disk if they are read again and that is cheaper)
 3. train, from the latest checkpoint if there is one
 4. save every layer's dictionary and note it as done
@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from throughline.claims import Claim, take
 from throughline.dictionaries import save_dictionary
 from throughline.errors import InputError
 from throughline.harvesting import TextSource, tokens_of_a_pass
 from throughline.journals import Journal, open_journals
+from throughline.progress import JobNotes
+from throughline.records import span
 from throughline.registry import ARCHITECTURES
 from throughline.run_dir import digest_key
 from throughline.session import Session
@@ -33,11 +36,24 @@ from throughline.training.memory import bytes_of_layer, free_bytes, split_blocks
 from throughline.training.precision import harvests_in_bfloat16
 from throughline.training.sources import ActivationSource
 
+CLAIM = "claim.json"  # beside a block's checkpoint
 PROBE_TOKENS = 16
 MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
 DISK_BYTES_PER_SECOND = 5e8  # written once and read: what a cache costs, cautiously
 NOT_IN_KEYS = {"checkpoint_minutes", "activation_cache"}  # they change when and where, not what
 Report = Callable[[Progress], None]
+
+
+class Job(NamedTuple):
+    """Layers of one model, to be trained together on one device."""
+
+    model: str
+    layers: list[int]
+
+    @property
+    def name(self) -> str:
+        """`zoo/pythia layers 0-5`."""
+        return f"{self.model} layer{'s'[: len(self.layers) > 1]} {span(self.layers)}"
 
 
 def train_steps(session: Session, spec: ModelSpec) -> dict[int, tuple[str, str]]:
@@ -56,34 +72,42 @@ def train_steps(session: Session, spec: ModelSpec) -> dict[int, tuple[str, str]]
     }
 
 
-def train_layers(session: Session, spec: ModelSpec, layers: list[int], report: Report) -> None:
-    """Dictionaries of these layers of one model, saved in the run, block by block if they do not fit into memory together."""
-    study = session.study
+def train_job(session: Session, job: Job, report: Report, attempt: int = 1) -> None:
+    """A job's dictionaries, saved in the run, block by block if they do not fit into memory together."""
+    study, spec, layers = session.study, session.study.model(job.model), job.layers
     num_tokens = _tokens_of_an_epoch(session, spec.name)
     if not num_tokens:
         raise InputError(f"{study.data.path} gave no tokens to train on")
     training = study.training.model_copy(update={"tokens": num_tokens})
+    if session.context(spec.name) < study.data.context:
+        session.say(f"data.context {study.data.context} is {session.context(spec.name)} for {spec.name}")
     ignored = sorted({name for layer in layers for name in study.dictionary_for(spec).at_layer(layer).ignored})
     if ignored:
         session.say(f"{spec.name}: dictionary.{' and '.join(ignored)} is not read by this architecture")
     blocks = _blocks(session, spec, layers, training)
     if len(blocks) > 1:
-        spans = ", ".join(f"{block[0]}-{block[-1]}" for block in blocks)
-        session.say(f"{spec.name}: {len(layers)} layers do not fit into memory at once; trained in blocks {spans}")
+        spans = ", ".join(span(block) for block in blocks)
+        reason = "go on as they were begun" if begun_blocks(session, spec.name, layers) else "do not fit into memory at once"
+        session.say(f"{spec.name}: {len(layers)} layers {reason}; trained in blocks {spans}")
     for block in blocks:
-        _train_block(session, spec, block, training, report)
+        _train_block(session, spec, block, training, report, attempt)
 
 
-def _train_block(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, report: Report) -> None:
+def _train_block(
+    session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, report: Report, attempt: int
+) -> None:
     run, study, model = session.run, session.study, session.model(spec.name)
     specs = {layer: study.dictionary_for(spec).at_layer(layer) for layer in layers}
     steps = train_steps(session, spec)
-    folder = run.checkpoint_folder(spec.name)
+    folder = run.checkpoint_folder(spec.name, layers)
     key = digest_key(*(steps[layer][1] for layer in layers))
-    checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say)
+    claim = take(folder / CLAIM)
+    checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say, claim.check)
+    notes = JobNotes(run, spec.name, layers, session.device, attempt)
     with (
+        notes.kept_fresh(),
         run.steps(dict(steps[layer] for layer in layers)) as files,
-        open_journals(run, study, spec.name, training.batch_tokens) as journals,
+        open_journals(run, study, spec.name, layers, training.batch_tokens) as journals,
     ):
         source = _activations(session, spec, layers, training)
         probe = next(source.batches(), torch.empty(len(layers), 0, model.d_model))[:, :PROBE_TOKENS].clone()
@@ -93,20 +117,39 @@ def _train_block(session: Session, spec: ModelSpec, layers: list[int], training:
             training,
             model=spec.name,
             num_layers=model.num_layers,
-            report=partial(_keep_progress, session, journals, report),
+            report=partial(_keep_progress, notes, claim, journals, report),
             say=session.say,
             checkpoints=checkpoints,
         )
+        claim.check()
         for column, layer in enumerate(layers):
             dictionary = dictionaries[layer]
             dictionary.metadata.update(place_of(session, spec, layer) | _training_facts(session, spec))
             names = save_dictionary(dictionary, run.layer_folder(spec.name, layer), probe[column])
             files[steps[layer][0]] += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
     shutil.rmtree(folder, ignore_errors=True)  # the checkpoint, and activations that were kept
+    run.forget_job(spec.name, layers)
+
+
+def begun_blocks(session: Session, model: str, layers: Sequence[int]) -> list[list[int]]:
+    """Blocks among these layers whose training was begun: only as they are can they go on from their checkpoints."""
+    blocks, left = [], set(layers)
+    for first, last in session.run.begun(model):
+        block = [layer for layer in layers if first <= layer <= last]
+        if block and (block[0], block[-1]) == (first, last) and left.issuperset(block):
+            blocks.append(block)
+            left -= set(block)
+    return blocks
 
 
 def _blocks(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec) -> list[list[int]]:
-    """The layers in blocks that fit into the memory that is free."""
+    """The layers in blocks that fit into the memory that is free, after those that were begun."""
+    begun = begun_blocks(session, spec.name, layers)
+    left = [layer for layer in layers if not any(layer in block for block in begun)]
+    return begun + (_split(session, spec, left, training) if left else [])
+
+
+def _split(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec) -> list[list[int]]:
     model, study = session.model(spec.name), session.study
     total = training.tokens * training.epochs
     tokens = chunk_tokens(model.d_model, training.batch_tokens, total, model.num_layers)
@@ -130,7 +173,7 @@ def _activations(session: Session, spec: ModelSpec, layers: Sequence[int], train
     rows = partial(_open_rows, session, spec.name)
     text = partial(TextSource, model, layers, rows, num_tokens=training.tokens)
     bytes_on_disk = model.hf.dtype.itemsize * training.tokens * len(layers) * model.d_model
-    folder = session.run.checkpoint_folder(spec.name) / f"activations_{layers[0]:02d}"
+    folder = session.run.checkpoint_folder(spec.name, layers) / "activations"
     if wanted == "off" or training.epochs == 1:
         return text(epochs=training.epochs)
     if wanted == "auto" and not _cache_is_cheaper(session, text(), bytes_on_disk, training):
@@ -190,9 +233,12 @@ def _tokens_of_an_epoch(session: Session, name: str) -> int:
 # ---- what is kept of it
 
 
-def _keep_progress(session: Session, journals: Sequence[Journal], report: Report, progress: Progress) -> None:
-    """Report a training's progress, write it down, and keep the latest of each model for `throughline status`."""
-    session.run.note_progress(**asdict(progress), at=time.time())
+def _keep_progress(
+    notes: JobNotes, claim: Claim, journals: Sequence[Journal], report: Report, progress: Progress
+) -> None:
+    """Report a training's progress, write it down, and keep the latest for `throughline status`."""
+    claim.check()
+    notes.note(**{name: value for name, value in asdict(progress).items() if name not in ("model", "layers")})
     for journal in journals:
         journal.write(progress)
     report(progress)

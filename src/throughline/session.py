@@ -41,7 +41,7 @@ class Session:
         """The layers of a model that the study wants. The model is opened only if the run does not know how deep it is."""
         if spec.layers != "all":
             return sorted(set(spec.layers))
-        depth = self.run.progress().get(spec.name, {}).get("depth")
+        depth = self.run.info().depths.get(spec.name)
         return self.model(spec.name).layers("all") if depth is None else list(range(depth))
 
     def context(self, name: str) -> int:
