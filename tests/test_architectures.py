@@ -11,6 +11,7 @@ import oracles
 from throughline.dictionaries.batch_topk import BatchTopK, keep_largest
 from throughline.dictionaries.jumprelu import BANDWIDTH, JumpReLU, straight_through
 from throughline.dictionaries.matryoshka import Matryoshka, prefixes
+from throughline.dictionaries.relu import WARM_UP
 from throughline.dictionaries.stack import Stack, StepLoss
 from throughline.errors import InputError
 from throughline.registry import ARCHITECTURES
@@ -18,7 +19,6 @@ from throughline.study import DictionaryOverride, DictionarySpec, TrainingSpec, 
 from throughline.training import Progress, train
 from throughline.training.resampling import is_due
 from throughline.training.sources import ArraySource
-from throughline.dictionaries.relu import WARM_UP
 from throughline.training.sparsity import SparsityController
 
 L, N, D, F, K = 2, 30, 8, 32, 3

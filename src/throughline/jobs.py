@@ -87,7 +87,9 @@ def train_job(session: Session, job: Job, report: Report, attempt: int = 1) -> N
     blocks = _blocks(session, spec, layers, training)
     if len(blocks) > 1:
         spans = ", ".join(span(block) for block in blocks)
-        reason = "go on as they were begun" if begun_blocks(session, spec.name, layers) else "do not fit into memory at once"
+        reason = (
+            "go on as they were begun" if begun_blocks(session, spec.name, layers) else "do not fit into memory at once"
+        )
         session.say(f"{spec.name}: {len(layers)} layers {reason}; trained in blocks {spans}")
     for block in blocks:
         _train_block(session, spec, block, training, report, attempt)
@@ -103,7 +105,7 @@ def _train_block(
     key = digest_key(*(steps[layer][1] for layer in layers))
     claim = take(folder / CLAIM)
     checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say, claim.check)
-    notes = JobNotes(run, spec.name, layers, session.device, attempt)
+    notes = JobNotes(run, spec.name, layers, session.device_name, attempt)
     with (
         notes.kept_fresh(),
         run.steps(dict(steps[layer] for layer in layers)) as files,
@@ -129,6 +131,15 @@ def _train_block(
             files[steps[layer][0]] += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
     shutil.rmtree(folder, ignore_errors=True)  # the checkpoint, and activations that were kept
     run.forget_job(spec.name, layers)
+
+
+def blocks_of(session: Session, job: Job) -> list[Job]:
+    """A job in parts that can run beside each other: blocks that were begun, and runs of consecutive layers between them."""
+    begun = begun_blocks(session, job.model, job.layers)
+    left = [layer for layer in job.layers if not any(layer in block for block in begun)]
+    starts = [i for i, layer in enumerate(left) if i == 0 or layer != left[i - 1] + 1]
+    runs = [left[a:b] for a, b in zip(starts, [*starts[1:], len(left)], strict=True)]
+    return [Job(job.model, layers) for layers in [*begun, *runs]]
 
 
 def begun_blocks(session: Session, model: str, layers: Sequence[int]) -> list[list[int]]:

@@ -13,9 +13,9 @@ from throughline.codes import Codes, encode_csr
 from throughline.comparing import compare_traces
 from throughline.dictionaries import untrained_like
 from throughline.errors import InputError, ThroughlineError
-from throughline.executors.local import run_jobs
+from throughline.executors.local import run_jobs, threads
 from throughline.features import describe_features
-from throughline.jobs import Job, Report, train_job, train_steps
+from throughline.jobs import Job, Report, blocks_of, train_job, train_steps
 from throughline.journals import check_extras
 from throughline.labelers import LayerText
 from throughline.models import check_layers, check_model, read_tokenizer
@@ -73,7 +73,15 @@ def train_models(session: Session, report: Report) -> None:
         jobs += [Job(spec.name, pending)] if pending else []
     for state in session.run.jobs():  # of a training that is over: nobody else trains in this run now
         session.run.forget_job(state.model, state.layers)
-    run_jobs(jobs, lambda job: _note_failure(session, job, report), name_of=lambda job: job.model)
+    if not jobs:
+        return
+    if session.study.executor.kind == "ray":
+        from throughline.executors import ray
+
+        ray.run_jobs(session, [block for job in jobs for block in blocks_of(session, job)], report)
+        return
+    with threads(session.study.executor.cpus):
+        run_jobs(jobs, lambda job: _note_failure(session, job, report), name_of=lambda job: job.model)
 
 
 def require_layers(session: Session, spec: ModelSpec) -> None:

@@ -25,6 +25,7 @@ class Session:
 
     def __init__(self, run: RunDir, device: str = "cpu", say: Callable[[str], None] = lambda line: None) -> None:
         self.run, self.device, self.say = run, device, say
+        self.device_name = device  # as people know it, where a process sees its device by another number
         self.study: Study = run.study()
         self._models: dict[str, LanguageModel] = {}
         self._dictionaries: dict[str, dict[int, Dictionary]] = {}
