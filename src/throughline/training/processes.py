@@ -128,11 +128,10 @@ class Part(Share):
     def _is_kept(self, values_LA: Tensor, num_kept: int) -> Bool[Tensor, "L A"]:
         L, A = values_LA.shape
         here, most = (len(range(rank, self._batch_tokens, self._ranks.size)) for rank in (self._ranks.rank, 0))
-        room = min(
-            num_kept, A // here * most
-        )  # rank 0 has the most tokens; fewer values than `num_kept` are all there are
-        everyone_WLA = self._ranks.gather(torch.cat([values_LA, values_LA.new_zeros(L, room - A)], 1))
-        flat = everyone_WLA.transpose(0, 1).reshape(L, -1)
+        # padded to what rank 0 has, which is the most: all ranks come to the same number, from `num_kept` values or from fewer
+        room = min(num_kept, -(-A // here) * most)
+        everyone_WLR = self._ranks.gather(torch.cat([values_LA, values_LA.new_zeros(L, room - A)], 1))
+        flat = everyone_WLR.transpose(0, 1).reshape(L, -1)
         largest = flat.topk(min(num_kept, flat.shape[1]), dim=1, sorted=False).indices
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, largest, True)
         return kept.view(L, self._ranks.size, room)[:, self._ranks.rank, :A]
