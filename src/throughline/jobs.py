@@ -25,7 +25,7 @@ from throughline.records import span
 from throughline.registry import ARCHITECTURES
 from throughline.run_dir import digest_key
 from throughline.session import Session
-from throughline.study import ModelSpec, TrainingSpec
+from throughline.study import DictionarySpec, ModelSpec, TrainingSpec
 from throughline.text import measure_text, read_documents
 from throughline.tokens import TokenRows, stream_rows
 from throughline.training import Progress, compiled, train
@@ -34,6 +34,7 @@ from throughline.training.checkpoints import Checkpoints
 from throughline.training.chunks import chunk_tokens
 from throughline.training.memory import bytes_of_layer, free_bytes, split_blocks
 from throughline.training.precision import harvests_in_bfloat16
+from throughline.training.ranks import ALONE, Ranks
 from throughline.training.sources import ActivationSource
 
 CLAIM = "claim.json"  # beside a block's checkpoint
@@ -72,8 +73,11 @@ def train_steps(session: Session, spec: ModelSpec) -> dict[int, tuple[str, str]]
     }
 
 
-def train_job(session: Session, job: Job, report: Report, attempt: int = 1) -> None:
-    """A job's dictionaries, saved in the run, block by block if they do not fit into memory together."""
+def train_job(session: Session, job: Job, report: Report, attempt: int = 1, ranks: Ranks = ALONE) -> None:
+    """A job's dictionaries, saved in the run, block by block if they do not fit into memory together.
+
+    Of several `ranks`, which all do the same job, the first alone writes.
+    """
     study, spec, layers = session.study, session.study.model(job.model), job.layers
     num_tokens = _tokens_of_an_epoch(session, spec.name)
     if not num_tokens:
@@ -84,22 +88,29 @@ def train_job(session: Session, job: Job, report: Report, attempt: int = 1) -> N
     ignored = sorted({name for layer in layers for name in study.dictionary_for(spec).at_layer(layer).ignored})
     if ignored:
         session.say(f"{spec.name}: dictionary.{' and '.join(ignored)} is not read by this architecture")
-    blocks = _blocks(session, spec, layers, training)
+    by_autograd = ranks.size > 1
+    blocks, begun = ranks.gather_objects(_blocks(session, spec, layers, training, by_autograd))[0]  # of one mind
     if len(blocks) > 1:
         spans = ", ".join(span(block) for block in blocks)
-        reason = (
-            "go on as they were begun" if begun_blocks(session, spec.name, layers) else "do not fit into memory at once"
-        )
+        reason = "go on as they were begun" if begun else "do not fit into memory at once"
         session.say(f"{spec.name}: {len(layers)} layers {reason}; trained in blocks {spans}")
     for block in blocks:
-        _train_block(session, spec, block, training, report, attempt)
+        if ranks.rank == 0:
+            _train_block(session, spec, block, training, report, attempt, ranks)
+        else:
+            _help(session, spec, block, training, ranks)
 
 
 def _train_block(
-    session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, report: Report, attempt: int
+    session: Session,
+    spec: ModelSpec,
+    layers: list[int],
+    training: TrainingSpec,
+    report: Report,
+    attempt: int,
+    ranks: Ranks,
 ) -> None:
     run, study, model = session.run, session.study, session.model(spec.name)
-    specs = {layer: study.dictionary_for(spec).at_layer(layer) for layer in layers}
     steps = train_steps(session, spec)
     folder = run.checkpoint_folder(spec.name, layers)
     key = digest_key(*(steps[layer][1] for layer in layers))
@@ -111,17 +122,18 @@ def _train_block(
         run.steps(dict(steps[layer] for layer in layers)) as files,
         open_journals(run, study, spec.name, layers, training.batch_tokens) as journals,
     ):
-        source = _activations(session, spec, layers, training)
+        source = _activations(session, spec, layers, training, keep=ranks.size == 1)
         probe = next(source.batches(), torch.empty(len(layers), 0, model.d_model))[:, :PROBE_TOKENS].clone()
         dictionaries = train(
             source,
-            specs,
+            _specs(session, spec, layers),
             training,
             model=spec.name,
             num_layers=model.num_layers,
             report=partial(_keep_progress, notes, claim, journals, report),
             say=session.say,
             checkpoints=checkpoints,
+            ranks=ranks,
         )
         claim.check()
         for column, layer in enumerate(layers):
@@ -131,6 +143,17 @@ def _train_block(
             files[steps[layer][0]] += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
     shutil.rmtree(folder, ignore_errors=True)  # the checkpoint, and activations that were kept
     run.forget_job(spec.name, layers)
+
+
+def _help(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, ranks: Ranks) -> None:
+    """What a rank other than the first does of a block: its share of the arithmetic."""
+    source = _activations(session, spec, layers, training, keep=False)
+    depth = session.model(spec.name).num_layers
+    train(source, _specs(session, spec, layers), training, model=spec.name, num_layers=depth, ranks=ranks)
+
+
+def _specs(session: Session, spec: ModelSpec, layers: Sequence[int]) -> dict[int, DictionarySpec]:
+    return {layer: session.study.dictionary_for(spec).at_layer(layer) for layer in layers}
 
 
 def blocks_of(session: Session, job: Job) -> list[Job]:
@@ -153,21 +176,26 @@ def begun_blocks(session: Session, model: str, layers: Sequence[int]) -> list[li
     return blocks
 
 
-def _blocks(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec) -> list[list[int]]:
-    """The layers in blocks that fit into the memory that is free, after those that were begun."""
+def _blocks(
+    session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, by_autograd: bool
+) -> tuple[list[list[int]], bool]:
+    """The layers in blocks that fit into the memory that is free, after those that were begun; and whether any was."""
     begun = begun_blocks(session, spec.name, layers)
     left = [layer for layer in layers if not any(layer in block for block in begun)]
-    return begun + (_split(session, spec, left, training) if left else [])
+    return begun + (_split(session, spec, left, training, by_autograd) if left else []), bool(begun)
 
 
-def _split(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec) -> list[list[int]]:
+def _split(
+    session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, by_autograd: bool
+) -> list[list[int]]:
+    """The layers in blocks that fit into the memory that is free."""
     model, study = session.model(spec.name), session.study
     total = training.tokens * training.epochs
     tokens = chunk_tokens(model.d_model, training.batch_tokens, total, model.num_layers)
     sizes = []
     for layer in layers:
         wanted = study.dictionary_for(spec).at_layer(layer)
-        fast = compiled.can_train(ARCHITECTURES.load(wanted.architecture).name, session.device)
+        fast = not by_autograd and compiled.can_train(ARCHITECTURES.load(wanted.architecture).name, session.device)
         width = wanted.width(model.d_model)
         sizes.append(bytes_of_layer(model.d_model, width, tokens, training.batch_tokens, not fast))
     return split_blocks(layers, sizes, free_bytes(session.device))
@@ -176,8 +204,10 @@ def _split(session: Session, spec: ModelSpec, layers: list[int], training: Train
 # ---- activations
 
 
-def _activations(session: Session, spec: ModelSpec, layers: Sequence[int], training: TrainingSpec) -> ActivationSource:
-    """The study's text as these layers' activations; kept on disk where they are read again and that is cheaper."""
+def _activations(
+    session: Session, spec: ModelSpec, layers: Sequence[int], training: TrainingSpec, keep: bool
+) -> ActivationSource:
+    """The study's text as these layers' activations; if `keep`, on disk where they are read again and that is cheaper."""
     model, wanted = session.model(spec.name), training.activation_cache
     if harvests_in_bfloat16(training.precision, session.device, model.d_model):
         model = model.in_dtype(torch.bfloat16)
@@ -185,7 +215,7 @@ def _activations(session: Session, spec: ModelSpec, layers: Sequence[int], train
     text = partial(TextSource, model, layers, rows, num_tokens=training.tokens)
     bytes_on_disk = model.hf.dtype.itemsize * training.tokens * len(layers) * model.d_model
     folder = session.run.checkpoint_folder(spec.name, layers) / "activations"
-    if wanted == "off" or training.epochs == 1:
+    if not keep or wanted == "off" or training.epochs == 1:
         return text(epochs=training.epochs)
     if wanted == "auto" and not _cache_is_cheaper(session, text(), bytes_on_disk, training):
         return text(epochs=training.epochs)
