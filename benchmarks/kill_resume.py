@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from throughline.run_dir import RunDir
+
 MODEL = "zoo/pythia"
 STUDY: dict[str, Any] = {
     "name": "kills",
@@ -52,14 +54,14 @@ def hash_of(out: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def folder_of(out: Path) -> Path:
+def checkpoint_of(out: Path) -> Path:
     """Where a run keeps its checkpoint."""
-    return out / "models" / MODEL.replace("/", "-") / "checkpoints"
+    return RunDir(out).checkpoint_folder(MODEL, STUDY["models"][0]["layers"]) / "state.safetensors"
 
 
 def step_of(out: Path) -> int:
     """The step that a run will go on from; 0 if from the beginning."""
-    state = folder_of(out) / "state.safetensors"
+    state = checkpoint_of(out)
     if not state.exists():
         return 0
     with safe_open(state, "pt") as file:
@@ -68,16 +70,13 @@ def step_of(out: Path) -> int:
 
 def is_finished(out: Path) -> bool:
     """True if all dictionaries are saved: a kill came between that and the end of the process."""
-    manifest = out / "manifest.json"
-    return manifest.exists() and len(json.loads(manifest.read_text())) == len(STUDY["models"][0]["layers"])
+    return RunDir(out).trained_layers(MODEL) == STUDY["models"][0]["layers"]
 
 
 def wait_for_progress(process: subprocess.Popen, out: Path, started: float) -> bool:
     """True when the process has reported progress, within the first second of its training; False if it has ended."""
     while process.poll() is None:
-        path = out / "progress.json"
-        where = json.loads(path.read_text()).get(MODEL, {}) if path.exists() else {}
-        if "step" in where and where.get("at", 0) > started:
+        if any(state.step and state.at > started for state in RunDir(out).jobs()):
             return True
         time.sleep(0.02)
     return False
@@ -115,7 +114,7 @@ def main() -> None:
             process.wait()
             if is_finished(out):
                 continue
-            kills, half = kills + 1, any(folder_of(out).glob(".*.tmp"))
+            kills, half = kills + 1, any(checkpoint_of(out).parent.glob(".*.tmp"))
             saving += half
             print(f"{kills:>4}  {number:>8}  {delay:>7.2f}  {step_of(out):>17}{'  (saving)' * half}", flush=True)
             continue

@@ -11,6 +11,7 @@ import oracles
 from throughline.dictionaries.batch_topk import BatchTopK, keep_largest
 from throughline.dictionaries.jumprelu import BANDWIDTH, JumpReLU, straight_through
 from throughline.dictionaries.matryoshka import Matryoshka, prefixes
+from throughline.dictionaries.relu import WARM_UP
 from throughline.dictionaries.stack import Stack, StepLoss
 from throughline.errors import InputError
 from throughline.registry import ARCHITECTURES
@@ -18,7 +19,7 @@ from throughline.study import DictionaryOverride, DictionarySpec, TrainingSpec, 
 from throughline.training import Progress, train
 from throughline.training.resampling import is_due
 from throughline.training.sources import ArraySource
-from throughline.training.sparsity import FROM_SHARE, SparsityController
+from throughline.training.sparsity import SparsityController
 
 L, N, D, F, K = 2, 30, 8, 32, 3
 SHAPE = (L, F, D)
@@ -262,7 +263,7 @@ def drive(controller: SparsityController, exponent: float, num_steps: int = 1000
     """L0 of a plant in which it follows 100 / lambda ** exponent late and noisily; what it is in the end."""
     log_l0_L, noise = torch.full_like(controller.penalty_L, 4.0), seeded(5)
     for step in range(num_steps):
-        strength = min(1.0, step / num_steps / FROM_SHARE)
+        strength = min(1.0, step / num_steps / WARM_UP)
         wanted_L = 4.6 - exponent * (controller.penalty_L * max(strength, 1e-2)).log()
         log_l0_L = log_l0_L + lag * (wanted_L - log_l0_L)
         seen_L = log_l0_L.exp() * (1 + 0.05 * torch.randn(log_l0_L.shape, generator=noise))

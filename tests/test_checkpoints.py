@@ -290,7 +290,7 @@ def test_a_training_that_is_killed_again_and_again_gives_the_same_files(tmp_path
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
     undisturbed = start(tmp_path, "undisturbed")
     rng, kills, steps = random.Random(0), 0, []
-    state = tmp_path / "killed" / "models" / "zoo-pythia" / "checkpoints" / module.FILE
+    state = tmp_path / "killed" / "models" / "zoo-pythia" / "checkpoints" / "layers_01-04" / module.FILE
     while kills < 3:
         process = start(tmp_path, "killed")
         wait_for_a_checkpoint(process, state)

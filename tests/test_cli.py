@@ -19,6 +19,7 @@ import yaml
 from throughline import api
 from throughline.cli import main
 from throughline.errors import GateError, InputError
+from throughline.records import JobState
 from throughline.run_dir import RunDir
 from throughline.study import parse_study
 
@@ -304,7 +305,7 @@ def test_tables_of_other_settings_are_not_traced(say, copy):
         ("models/zoo-gpt2/labels.parquet", ["trace", PROMPT, "--model", "zoo/gpt2"]),
         ("models/zoo-gpt2/layer_01/sae_weights.safetensors", ["trace", PROMPT, "--model", "zoo/gpt2"]),
         ("transfer/matching/zoo-gpt2__zoo-pythia.safetensors", ["compare", PROMPT]),
-        ("manifest.json", ["status"]),
+        ("manifest/train,zoo,gpt2,0.json", ["status"]),
         ("run.json", ["status"]),
     ],
 )
@@ -372,11 +373,11 @@ def test_interruption_is_one_line(say, monkeypatch, tmp_path):
 
 def test_a_full_disk_is_one_line(say, monkeypatch, tmp_path):
     def full(*_, **__):
-        raise OSError(28, "No space left on device", "runs/tiny/manifest.json")
+        raise OSError(28, "No space left on device", "runs/tiny/manifest/train,a,0.json")
 
     monkeypatch.setattr(api, "train", full)
     code, out, err = say("train", written_study(tmp_path))
-    assert (code, out, err) == (1, "", "throughline: runs/tiny/manifest.json: No space left on device\n")
+    assert (code, out, err) == (1, "", "throughline: runs/tiny/manifest/train,a,0.json: No space left on device\n")
 
 
 # ---- what commands print
@@ -515,9 +516,9 @@ def test_init_writes_studies_that_can_be_read(say, tmp_path):
 
 
 def strip_steps(run: Path, *names: str) -> None:
-    manifest = json.loads((run / "manifest.json").read_text())
-    kept = {step: record for step, record in manifest.items() if not any(name in step for name in names)}
-    (run / "manifest.json").write_text(json.dumps(kept))
+    for file in (run / "manifest").iterdir():
+        if any(name in json.loads(file.read_text())["step"] for name in names):
+            file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -531,23 +532,27 @@ def strip_steps(run: Path, *names: str) -> None:
 )
 def test_the_status_of_a_run_half_done(say, copy, age, more, state):
     strip_steps(copy, "zoo/gpt2")
-    progress = json.loads((copy / "progress.json").read_text())
-    if age is None:
-        del progress["zoo/gpt2"]
-    else:
-        progress["zoo/gpt2"] |= {"at": time.time() - age, "step": 7, "eta_seconds": 12.0} | more
-    (copy / "progress.json").write_text(json.dumps(progress))
+    if age is not None:
+        state_of = {"host": "here", "pid": 1, "device": "cpu", "at": time.time() - age, "step": 7, "num_steps": 93}
+        measured = {"fvu": [0.1, 0.2], "l0": [8, 8], "dead": [0, 0], "tokens_per_second": 5000.0, "eta_seconds": 12.0}
+        RunDir(copy).note_job(JobState(model="zoo/gpt2", layers=[0, 1], **state_of, **measured, **more))
     found = json.loads(say("status", copy, "--json")[1])["models"]
     assert found["zoo/pythia"]["state"] == "done"
     assert found["zoo/pythia"]["layers"]["0"] == {"state": "done", "gate": []}
     assert found["zoo/gpt2"]["state"] == state
     assert found["zoo/gpt2"]["layers"]["1"]["state"] == state
-    lines = [line for line in say("status", copy)[1].splitlines() if line.startswith("zoo/gpt2")]
-    assert len(lines) == 1
-    assert state in lines[0]
-    shown = {"running": "step 7/93", "stopped": "step 7/93", "failed": "the loss is nan", "waiting": ""}[state]
-    assert shown in lines[0]
-    assert ("12 s left" in lines[0]) == (state == "running")
+    shown = say("status", copy)[1]
+    sign = {"running": ">>", "stopped": "!!", "failed": "xx", "waiting": ".."}[state]
+    assert re.search(rf"zoo/gpt2 +{re.escape(sign)} +{state}", shown)
+    assert f"2 of 4 layers trained, 2 {state}" in shown
+    expected = {
+        "running": "cpu     zoo/gpt2  0-1      7/93  0.1500  8.0    0%     5,000  0:12",
+        "stopped": "zoo/gpt2 layers 0-1 stopped at step 7/93; --resume goes on from its last checkpoint",
+        "failed": "zoo/gpt2 layers 0-1 failed: layer 1: the loss is nan",
+        "waiting": "",
+    }
+    assert expected[state] in shown
+    assert ("about 0:12 left, until" in shown) == (state == "running")
 
 
 def test_a_failed_training_is_remembered(say, tmp_path):
@@ -559,7 +564,7 @@ def test_a_failed_training_is_remembered(say, tmp_path):
     assert "less than one batch" in err.splitlines()[-1]
     state = json.loads(say("status", tmp_path / "run", "--json")[1])["models"]["zoo/gpt2"]
     assert state["state"] == "failed"
-    assert "less than one batch" in state["failed"]
+    assert "less than one batch" in state["jobs"][0]["failed"]
 
 
 # ---- help

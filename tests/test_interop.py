@@ -514,9 +514,9 @@ def test_a_run_can_begin_with_an_import(say, tmp_path, foreign):
     ],
 )
 def test_wrong_imports_change_nothing(say, copy, foreign, arguments, said):
-    before = (copy / "manifest.json").read_bytes()
+    before = RunDir(copy).manifest()
     assert said in one_line(say("import", copy, foreign, *arguments))
-    assert (copy / "manifest.json").read_bytes() == before
+    assert RunDir(copy).manifest() == before
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ logging: {logging}
 
 def test_json_lines_are_always_written(shared, tmp_path):
     throughline.train(study_file(tmp_path, shared, "{}"), tmp_path / "run")
-    rows = read_lines(tmp_path / "run" / "models" / "s" / "training.jsonl")
+    rows = read_lines(tmp_path / "run" / "models" / "s" / "training_01-03.jsonl")
     last = rows[-1]
     assert last["step"] == last["num_steps"] == 6000 // 64
     assert last["tokens"] == 64 * last["step"] and last["layers"] == [1, 3]
@@ -72,7 +72,7 @@ def test_tensorboard_reads_what_was_written(shared, tmp_path):
     assert {f"layer_{layer}/{name}" for layer in ("01", "03") for name in journals.MEASURES} <= set(
         events.Tags()["scalars"]
     )
-    last = read_lines(tmp_path / "run" / "models" / "s" / "training.jsonl")[-1]
+    last = read_lines(tmp_path / "run" / "models" / "s" / "training_01-03.jsonl")[-1]
     found = events.Scalars("layer_03/fvu")[-1]
     assert found.step == last["step"] and found.value == pytest.approx(last["fvu"][1], rel=1e-6)
 
@@ -106,7 +106,7 @@ def test_wandb_keeps_what_was_written(shared, tmp_path, monkeypatch, capfd):
         project = record.run.project or project
         if record.HasField("history"):
             rows.append({i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item})
-    last = read_lines(tmp_path / "run" / "models" / "s" / "training.jsonl")[-1]
+    last = read_lines(tmp_path / "run" / "models" / "s" / "training_01-03.jsonl")[-1]
     assert project == "my-project"
     assert rows[-1]["step"] == last["step"] and rows[-1]["layer_03/fvu"] == pytest.approx(last["fvu"][1])
     said = capfd.readouterr()

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "throughline"
 # From the bottom up; docs/architecture.md has the same table in words. A part may import its own layer's parts only where
 # ALLOWED_BESIDE says so.
 LAYERS = (
-    {"errors", "registry", "study", "records", "run_dir", "zoo"},
+    {"errors", "registry", "study", "records", "files", "claims", "run_dir", "progress", "zoo"},
     {"text", "tokens", "models", "dictionaries"},
     {"harvesting", "codes"},
     {"training", "quality", "features", "labelers", "transfer", "tracing", "comparing", "analyzing", "zoo.training"},
@@ -29,6 +29,7 @@ TORCH_FREE = {
     "study",
     "records",
     "run_dir",
+    "progress",
     "text",
     "comparing",
     "analyzing",

@@ -125,7 +125,7 @@ def test_layers_that_do_not_fit_are_trained_block_by_block(trained, monkeypatch,
     free = 2.3 * measure_layer(expected[0].W_enc.shape[0], 48, 1024, 128, False).total / memory.USABLE_SHARE
     monkeypatch.setattr(jobs, "free_bytes", lambda device: int(free))
     found, said, in_blocks = trained(activation_cache=activation_cache)
-    line = "zoo/pythia: 5 layers do not fit into memory at once; trained in blocks 0-1, 3-3, 4-5"
+    line = "zoo/pythia: 5 layers do not fit into memory at once; trained in blocks 0-1, 3, 4-5"
     assert [one for one in said if "blocks" in one] == [line]
     assert identical(found, expected)
     assert files(in_blocks.root) == files(at_once.root)
@@ -216,16 +216,14 @@ def test_stopped_between_chunks_and_resumed_with_kept_activations(trained, monke
     run, said = RunDir.create(tmp_path / "stopped", study), []
     with pytest.raises(TrainingError, match="stopped here"):
         train_models(Session(run, "cpu"), lambda progress: None)
-    assert run.progress()["zoo/pythia"]["failed"] == "stopped here"
-    assert {path.name for path in run.checkpoint_folder("zoo/pythia").iterdir()} == {
-        "state.safetensors",
-        "activations_00",
-    }
+    assert [state.failed for state in run.jobs()] == ["stopped here"]
+    (folder,) = (run.model_folder("zoo/pythia") / "checkpoints").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"claim.json", "state.safetensors", "activations"}
     train_models(Session(run, "cpu", said.append), lambda progress: None)
     assert any("going on from step" in line for line in said) and not any("kept in" in line for line in said)
     found = {layer: load_dictionary(run.layer_folder("zoo/pythia", layer)) for layer in expected}
     assert identical(found, expected)
-    assert not run.checkpoint_folder("zoo/pythia").exists()
+    assert not folder.exists() and run.jobs() == []
 
 
 # ---- micro-batches

@@ -136,7 +136,9 @@ def test_full_size_is_the_published_size(name):
     parameters = list(hf.parameters())
     assert all(parameter.is_meta for parameter in parameters)
     assert round(sum(parameter.numel() for parameter in parameters) / 1e6, 1) == PUBLISHED[name]
-    assert check_model(spec_of(FULL_SIZE / name)) == {"gpt2-medium": 1024, "gemma-2b": 8192}.get(name, 2048)
+    depth = {"gpt2-medium": 24, "gemma-2b": 18, "phi-2": 32, "pythia-1.4b": 24}[name]
+    context = {"gpt2-medium": 1024, "gemma-2b": 8192}.get(name, 2048)
+    assert check_model(spec_of(FULL_SIZE / name)) == (depth, context)
 
 
 @pytest.mark.parametrize(("name", "rotated"), [("phi-2", 32), ("pythia-1.4b", 32), ("gemma-2b", 256)])
@@ -192,7 +194,7 @@ def test_a_configuration_alone(folders):
     spec = spec_of(folders["gpt2"])
     open_model(spec, say=said.append)
     assert said[0].startswith("gpt2 (random weights): only its architecture is read; its tokens are bytes")
-    assert check_model(spec) == CONTEXT and read_tokenizer(spec).eos_token_id == 256
+    assert check_model(spec).context == CONTEXT and read_tokenizer(spec).eos_token_id == 256
     with pytest.raises(InputError, match="layer 3 asked of gpt2 .random weights., which has layers 0-2"):
         check_model(spec_of(folders["gpt2"], layers=[3]))
     with pytest.raises(InputError, match=r"no weights \(\*.safetensors\); to measure .*, set weights: random"):

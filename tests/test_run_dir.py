@@ -9,8 +9,9 @@ import pytest
 
 from synthetic_run import build_run, make_study_tree
 from throughline.errors import DamagedFileError, InputError
-from throughline.records import FEATURE_COLUMNS, TransferInfo, TransferResult
-from throughline.run_dir import RunDir, digest_key, replacing
+from throughline.files import replacing
+from throughline.records import FEATURE_COLUMNS, JobState, TransferInfo, TransferResult
+from throughline.run_dir import RunDir, digest_key
 from throughline.study import parse_study
 
 
@@ -177,10 +178,10 @@ def test_a_damaged_table_or_matrix_is_never_read(run):
     [
         ("run.json", "{", lambda run: run.info()),
         ("run.json", '{"name": 5}', lambda run: run.info()),
-        ("manifest.json", '{"train/a": {"key"', lambda run: run.manifest()),
-        ("manifest.json", "[]", lambda run: run.manifest()),
-        ("manifest.json", '{"train/a": {}}', lambda run: run.is_done("train/a", "k")),
-        ("progress.json", "", lambda run: run.read_json("progress.json")),
+        ("manifest/train,a.json", '{"key"', lambda run: run.manifest()),
+        ("manifest/train,a.json", "[]", lambda run: run.manifest()),
+        ("manifest/train,a.json", "{}", lambda run: run.is_done("train/a", "k")),
+        ("progress/a,00-05.json", "", lambda run: run.jobs()),
         ("models/small/features.parquet", "PAR1", lambda run: run.table("small", "features")),
         ("transfer/matching/a__b.json", "{}", lambda run: run.transfers()),
     ],
@@ -195,8 +196,8 @@ def test_what_cannot_be_read_is_named_in_one_line(run, name, content, read):
 
 def test_the_manifest_says_when_and_from_what(run):
     do(run)
-    manifest = json.loads((run.root / "manifest.json").read_text())
-    step = manifest["train/a"]
+    step = json.loads((run.root / "manifest/train,a.json").read_text())
+    assert step["step"] == "train/a"
     assert step["key"] == "k"
     assert step["seconds"] >= 0
     assert set(step["files"]) == {"models/a/file.txt"}
@@ -267,9 +268,23 @@ def test_a_forgotten_step_is_not_done(run):
     assert not run.is_done("train/a", "k")
 
 
-def test_progress_keeps_the_depth_of_a_model(run):
-    assert run.progress() == {}
-    run.note_progress("a", depth=6)
-    run.note_progress("b", step=1)
-    run.note_progress("a", step=2)
-    assert run.progress() == {"a": {"depth": 6, "step": 2}, "b": {"step": 1}}
+def test_states_of_jobs_are_files_of_their_own(run):
+    assert run.jobs() == []
+    here = {"host": "h", "pid": 1, "device": "cpu", "at": 0.0}
+    first, second = (JobState(model="a/b, c", layers=layers, **here) for layers in ([0, 1], [2]))
+    run.note_job(first)
+    run.note_job(second)
+    run.note_job(first.model_copy(update={"step": 2}))
+    assert run.jobs() == [first.model_copy(update={"step": 2}), second]
+    run.forget_job("a/b, c", [0, 1])
+    run.forget_job("a/b, c", [0, 1])
+    assert run.jobs() == [second]
+
+
+@pytest.mark.parametrize("name", ["..", "a/../b", "a b", "a,b", "ü", "a%2Cb"])
+def test_a_step_of_any_name_is_one_file_of_its_own(run, name):
+    with run.step(f"train/{name}/0", "k"):
+        pass
+    assert run.is_done(f"train/{name}/0", "k") and run.trained_layers(name) == [0]
+    assert len(list((run.root / "manifest").iterdir())) == 1
+    assert not run.is_done(f"train/{name.replace(',', '/')}/0", "k") or "," not in name

@@ -6,7 +6,6 @@ and then. They return records; nothing is printed.
 
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ import polars as pl
 from throughline.errors import InputError
 from throughline.records import Analysis, Comparison, LayerQuality, Plan, Trace, TransferInfo
 from throughline.registry import METRICS, unknown
-from throughline.run_dir import RunDir
-from throughline.study import DictionarySpec, ModelSpec, Study, TrainingSpec, load_study
+from throughline.run_dir import DRIVER, RunDir
+from throughline.study import DictionarySpec, Study, TrainingSpec, load_study
 
 if TYPE_CHECKING:
     from throughline.dictionaries import Dictionary
@@ -184,12 +183,11 @@ def train(
         raise InputError(
             "dictionary, training and layers go with activations; a study file has its own (change it with settings)"
         )
-    run, device = _start(load_study(study, settings), out, resume, device)
-    with _session(run, device, say) as session:
+    with _begin(load_study(study, settings), out, resume, device, say) as session:
         from throughline.pipeline import train_models
 
         train_models(session, progress)
-    return run
+        return session.run
 
 
 def evaluate(run: str | Path | RunDir, device: str | None = None, say: Say = silent) -> list[LayerQuality]:
@@ -295,9 +293,8 @@ def import_sae(
 
     `from_` is saelens, sparsify, gemma-scope or dictionary-learning; auto tells it from the files. The layer counts as trained.
     """
-    if study is not None:
-        _start(load_study(study), run, True, device)
-    with _session(run, device, say) as session:
+    working = _go_on(run, device, say) if study is None else _begin(load_study(study), run, True, device, say)
+    with working as session:
         from throughline.interop import import_dictionary
 
         return import_dictionary(session, Path(path), model, layer, from_)
@@ -342,8 +339,7 @@ def run(
     progress: Callable[[Any], None] = ignore,
 ) -> Finished:
     """Train, evaluate, describe, label, relate, trace and report; what is done from the same settings is skipped."""
-    folder, device = _start(load_study(study, settings), out, resume, device)
-    with _session(folder, device, say) as session:
+    with _begin(load_study(study, settings), out, resume, device, say) as session:
         from throughline import pipeline
 
         pipeline.train_models(session, progress)
@@ -354,7 +350,8 @@ def run(
         pipeline.transfer_models(session)
         pipeline.trace_prompts(session, force)
         say("writing the report")
-    return Finished(folder, report(folder), folder.traces(), folder.comparisons())
+        done = session.run
+        return Finished(done, report(done), done.traces(), done.comparisons())
 
 
 def demo(
@@ -380,53 +377,10 @@ SHORT_DEMO = (
 
 
 def status(run: str | Path | RunDir) -> dict[str, Any]:
-    """What is done, running, waiting, stopped or failed: for each model its steps, its layers' states and gates, where its
-    training is, and why it failed."""
-    opened = run if isinstance(run, RunDir) else RunDir.open(run)
-    study, manifest, progress = opened.study(), opened.manifest(), opened.progress()
-    models: dict[str, Any] = {}
-    for spec in study.models:
-        name = spec.name
-        noted = progress.get(name, {})
-        where = noted if "at" in noted else None
-        trained, imported = opened.trained_layers(name), opened.imported(name)
-        known = _wanted_layers(spec, noted.get("depth")) or trained
-        steps = {stage: f"{stage}/{name}" in manifest for stage in ("evaluate", "features", "label")}
-        steps = {"train": bool(known) and set(known) <= set(trained)} | steps
-        if steps["train"]:
-            state = "done"
-        elif where and "failed" in where:
-            state = "failed"
-        elif where and time.time() - where["at"] < STALE_SECONDS:
-            state = "running"
-        else:
-            state = "stopped" if where else "waiting"
-        quality = {q.layer: q for q in opened.quality(name)} if steps["evaluate"] else {}
-        states = {layer: "imported" if layer in imported else "done" for layer in trained}
-        models[name] = {
-            "state": state,
-            "failed": (where or {}).get("failed") if state == "failed" else None,
-            "steps": steps,
-            "progress": where if state in ("running", "stopped") else None,
-            "layers": {
-                layer: {
-                    "state": states.get(layer, state),
-                    "gate": quality[layer].gate if layer in quality else None,
-                }
-                for layer in known
-            },
-        }
-    info = opened.info()
-    said = {"forced": info.forced, "random_weights": info.random_weights}
-    return {"name": study.name, "folder": str(opened.root), "models": models} | said
+    """What is done, running, waiting, stopped or failed (`progress.read_status`)."""
+    from throughline.progress import read_status
 
-
-STALE_SECONDS = 60.0
-
-
-def _wanted_layers(spec: ModelSpec, depth: int | None) -> list[int]:
-    """The layers a study wants of a model; none if that is all of them and nobody has looked how many there are."""
-    return list(range(depth or 0)) if spec.layers == "all" else sorted(set(spec.layers))
+    return read_status(run if isinstance(run, RunDir) else RunDir.open(run))
 
 
 def folder_of(study: Study, out: str | Path | None) -> Path:
@@ -434,23 +388,26 @@ def folder_of(study: Study, out: str | Path | None) -> Path:
     return Path(out) if out else Path("runs") / study.name
 
 
-def _start(study: Study, out: str | Path | None, resume: bool, device: str | None) -> tuple[RunDir, str]:
-    """The run's folder, made only when everything that can be checked is right, and the device."""
+@contextmanager
+def _begin(study: Study, out: str | Path | None, resume: bool, device: str | None, say: Say) -> Iterator[Any]:
+    """A session of the study's run, held while the block runs; nothing is written before all that can be checked is right."""
     folder = folder_of(study, out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder with --out")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(file.name != DRIVER for file in folder.iterdir()):
         if not (folder / "run.json").exists():
             raise InputError(f"{folder} is not empty and not a run folder; give another with --out")
         if not resume:
             raise InputError(f"{folder} holds a run already; continue it with --resume, or give another with --out")
     from throughline.pipeline import check_study
+    from throughline.session import Session
 
     chosen = choose_device(device)
-    check_study(study)
-    run = RunDir.create(folder, study)
-    run.update_info(random_weights=[spec.name for spec in study.models if spec.weights == "random"])
-    return run, chosen
+    depths = check_study(study)
+    with RunDir(folder).held():
+        run = RunDir.create(folder, study)
+        run.update_info(random_weights=[spec.name for spec in study.models if spec.weights == "random"], depths=depths)
+        yield Session(run, chosen, say)
 
 
 @contextmanager
@@ -459,6 +416,14 @@ def _session(run: str | Path | RunDir, device: str | None, say: Say) -> Iterator
     from throughline.session import Session
 
     yield Session(opened, choose_device(device), say)
+
+
+@contextmanager
+def _go_on(run: str | Path, device: str | None, say: Say) -> Iterator[Any]:
+    """A session of a run that is there, held while the block runs."""
+    opened = RunDir.open(run)
+    with opened.held(), _session(opened, device, say) as session:
+        yield session
 
 
 def _require_trained(session: Any) -> None:

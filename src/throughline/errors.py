@@ -21,5 +21,9 @@ class DamagedFileError(ThroughlineError):
     """A file of a run does not match its checksum, or a dictionary does not match its probe."""
 
 
+class HeldError(ThroughlineError):
+    """Another process works on this run."""
+
+
 class TrainingError(ThroughlineError):
     """Training cannot go on (a NaN, a full disk); names the step and the layer."""

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -73,7 +74,7 @@ def _read(model: LanguageModel, rows: TokenRows, layers: Sequence[int], dtype: t
 
 
 class TextSource:
-    """Activations of a text for training (`training.sources.ActivationSource`).
+    """Activations of a text for training (`training.sources.ActivationSource`, and divisible).
 
     `open_rows` starts the text's rows anew; each of the `epochs` takes the first `num_tokens` of it. Batches that are
     skipped are tokenised and not run through the model. Activations keep the dtype that the model computes in.
@@ -93,13 +94,16 @@ class TextSource:
 
     def batches(self, start: int = 0) -> Iterator[Float[Tensor, "L n D"]]:
         """As the protocol has it."""
+        return self.every(1, start)
+
+    def every(self, step: int, start: int = 0) -> Iterator[Float[Tensor, "L n D"]]:
+        """As the protocol of divisible sources has it."""
         taken: deque[int] = deque()
 
         def wanted() -> Iterator[TokenRows]:
-            for number, (rows, num_tokens) in enumerate(self._all_rows()):
-                if number >= start:
-                    taken.append(num_tokens)
-                    yield rows
+            for rows, num_tokens in islice(self._all_rows(), start, None, step):
+                taken.append(num_tokens)
+                yield rows
 
         threads = torch.get_num_threads() if self._model.device.type == "cpu" else 1
         for _, x_LND in harvest(self._model, wanted(), self._layers, threads, dtype=None):

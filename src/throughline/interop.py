@@ -18,7 +18,7 @@ from throughline.errors import InputError
 from throughline.harvesting import harvest, tokens_of_a_pass
 from throughline.jobs import PROBE_TOKENS, place_of
 from throughline.model_card import hook_name, write_model_card
-from throughline.pipeline import check_layers
+from throughline.pipeline import require_layers
 from throughline.records import LayerQuality
 from throughline.run_dir import IMPORTED, RunDir, digest_key
 from throughline.session import Session
@@ -47,7 +47,7 @@ def import_dictionary(session: Session, path: Path, model: str | None, layer: in
     InputError if the run does not want that layer, or if the dictionary has another width or says it belongs elsewhere.
     """
     spec = session.study.model(model)
-    check_layers(session, spec)
+    require_layers(session, spec)
     wanted = session.layers(spec)
     if layer not in wanted:
         raise InputError(

@@ -1,6 +1,6 @@
-"""One job of training: consecutive layers of one model, from the study's text to dictionaries in the run folder.
+"""One job of training: layers of one model on one device, from the study's text to dictionaries in the run folder.
 
-1. split the model's pending layers into blocks whose training state fits into memory
+1. split the layers into blocks whose training state fits into memory; a block that was begun stays as it is
 2. for each block: open the text as activations (kept on disk if they are read again and that is cheaper)
 3. train, from the latest checkpoint if there is one
 4. save every layer's dictionary and note it as done
@@ -11,18 +11,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from throughline.claims import Claim, take
 from throughline.dictionaries import save_dictionary
 from throughline.errors import InputError
 from throughline.harvesting import TextSource, tokens_of_a_pass
 from throughline.journals import Journal, open_journals
+from throughline.progress import JobNotes
+from throughline.records import span
 from throughline.registry import ARCHITECTURES
 from throughline.run_dir import digest_key
 from throughline.session import Session
-from throughline.study import ModelSpec, Study, TrainingSpec
+from throughline.study import DictionarySpec, ModelSpec, Study, TrainingSpec
 from throughline.text import measure_text, read_documents
 from throughline.tokens import TokenRows, stream_rows
 from throughline.training import Progress, compiled, train
@@ -31,14 +34,28 @@ from throughline.training.checkpoints import Checkpoints
 from throughline.training.chunks import chunk_tokens
 from throughline.training.memory import free_bytes, measure_layer, split_blocks
 from throughline.training.precision import harvests_in_bfloat16
+from throughline.training.ranks import ALONE, Ranks
 from throughline.training.sources import ActivationSource
 
+CLAIM = "claim.json"  # beside a block's checkpoint
 PROBE_TOKENS = 16
 MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
 TOKENS_COUNTED_AT_ONCE = 4096
 DISK_BYTES_PER_SECOND = 5e8  # written once and read: what a cache costs, cautiously
 NOT_IN_KEYS = {"checkpoint_minutes", "activation_cache"}  # they change when and where, not what
 Report = Callable[[Progress], None]
+
+
+class Job(NamedTuple):
+    """Layers of one model, to be trained together on one device."""
+
+    model: str
+    layers: list[int]
+
+    @property
+    def name(self) -> str:
+        """`zoo/pythia layers 0-5`."""
+        return f"{self.model} layer{'s'[: len(self.layers) > 1]} {span(self.layers)}"
 
 
 def train_steps(session: Session, spec: ModelSpec) -> dict[int, tuple[str, str]]:
@@ -61,56 +78,121 @@ def steps_of(
     return {layer: (f"train/{spec.name}/{layer}", imported.get(layer) or key_of(layer)) for layer in layers}
 
 
-def train_layers(session: Session, spec: ModelSpec, layers: list[int], report: Report) -> None:
-    """Dictionaries of these layers of one model, saved in the run, block by block if they do not fit into memory together."""
-    study = session.study
+def train_job(session: Session, job: Job, report: Report, attempt: int = 1, ranks: Ranks = ALONE) -> None:
+    """A job's dictionaries, saved in the run, block by block if they do not fit into memory together.
+
+    Of several `ranks`, which all do the same job, the first alone writes.
+    """
+    study, spec, layers = session.study, session.study.model(job.model), job.layers
     num_tokens = _tokens_of_an_epoch(session, spec.name)
     if not num_tokens:
         raise InputError(f"{study.data.path} gave no tokens to train on")
     training = study.training.model_copy(update={"tokens": num_tokens})
+    if session.context(spec.name) < study.data.context:
+        session.say(f"data.context {study.data.context} is {session.context(spec.name)} for {spec.name}")
     ignored = sorted({name for layer in layers for name in study.dictionary_for(spec).at_layer(layer).ignored})
     if ignored:
         session.say(f"{spec.name}: dictionary.{' and '.join(ignored)} is not read by this architecture")
-    blocks = _blocks(session, spec, layers, training)
+    by_autograd = ranks.size > 1
+    blocks, begun = ranks.gather_objects(_blocks(session, spec, layers, training, by_autograd))[0]  # of one mind
     if len(blocks) > 1:
-        spans = ", ".join(f"{block[0]}-{block[-1]}" for block in blocks)
-        session.say(f"{spec.name}: {len(layers)} layers do not fit into memory at once; trained in blocks {spans}")
+        spans = ", ".join(span(block) for block in blocks)
+        reason = "go on as they were begun" if begun else "do not fit into memory at once"
+        session.say(f"{spec.name}: {len(layers)} layers {reason}; trained in blocks {spans}")
     for block in blocks:
-        _train_block(session, spec, block, training, report)
+        if ranks.rank == 0:
+            _train_block(session, spec, block, training, report, attempt, ranks)
+        else:
+            _help(session, spec, block, training, ranks)
 
 
-def _train_block(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, report: Report) -> None:
+def _train_block(
+    session: Session,
+    spec: ModelSpec,
+    layers: list[int],
+    training: TrainingSpec,
+    report: Report,
+    attempt: int,
+    ranks: Ranks,
+) -> None:
     run, study, model = session.run, session.study, session.model(spec.name)
-    specs = {layer: study.dictionary_for(spec).at_layer(layer) for layer in layers}
     steps = train_steps(session, spec)
-    folder = run.checkpoint_folder(spec.name)
+    folder = run.checkpoint_folder(spec.name, layers)
     key = digest_key(*(steps[layer][1] for layer in layers))
-    checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say)
+    claim = take(folder / CLAIM)
+    checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say, claim.check)
+    notes = JobNotes(run, spec.name, layers, session.device_name, attempt)
     with (
+        notes.kept_fresh(),
         run.steps(dict(steps[layer] for layer in layers)) as files,
-        open_journals(run, study, spec.name, training.batch_tokens) as journals,
+        open_journals(run, study, spec.name, layers, training.batch_tokens) as journals,
     ):
-        source = _activations(session, spec, layers, training)
+        source = _activations(session, spec, layers, training, keep=ranks.size == 1)
         probe = next(source.batches(), torch.empty(len(layers), 0, model.d_model))[:, :PROBE_TOKENS].clone()
         dictionaries = train(
             source,
-            specs,
+            _specs(session, spec, layers),
             training,
             model=spec.name,
             num_layers=model.num_layers,
-            report=partial(_keep_progress, session, journals, report),
+            report=partial(_keep_progress, notes, claim, journals, report),
             say=session.say,
             checkpoints=checkpoints,
+            ranks=ranks,
         )
+        claim.check()
         for column, layer in enumerate(layers):
             dictionary = dictionaries[layer]
             dictionary.metadata.update(place_of(session, spec, layer) | _training_facts(session, spec))
             names = save_dictionary(dictionary, run.layer_folder(spec.name, layer), probe[column])
             files[steps[layer][0]] += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
     shutil.rmtree(folder, ignore_errors=True)  # the checkpoint, and activations that were kept
+    run.forget_job(spec.name, layers)
 
 
-def _blocks(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec) -> list[list[int]]:
+def _help(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, ranks: Ranks) -> None:
+    """What a rank other than the first does of a block: its share of the arithmetic."""
+    source = _activations(session, spec, layers, training, keep=False)
+    depth = session.model(spec.name).num_layers
+    train(source, _specs(session, spec, layers), training, model=spec.name, num_layers=depth, ranks=ranks)
+
+
+def _specs(session: Session, spec: ModelSpec, layers: Sequence[int]) -> dict[int, DictionarySpec]:
+    return {layer: session.study.dictionary_for(spec).at_layer(layer) for layer in layers}
+
+
+def blocks_of(session: Session, job: Job) -> list[Job]:
+    """A job in parts that can run beside each other: blocks that were begun, and runs of consecutive layers between them."""
+    begun = begun_blocks(session, job.model, job.layers)
+    left = [layer for layer in job.layers if not any(layer in block for block in begun)]
+    starts = [i for i, layer in enumerate(left) if i == 0 or layer != left[i - 1] + 1]
+    runs = [left[a:b] for a, b in zip(starts, [*starts[1:], len(left)], strict=True)]
+    return [Job(job.model, layers) for layers in [*begun, *runs]]
+
+
+def begun_blocks(session: Session, model: str, layers: Sequence[int]) -> list[list[int]]:
+    """Blocks among these layers whose training was begun: only as they are can they go on from their checkpoints."""
+    blocks, left = [], set(layers)
+    for first, last in session.run.begun(model):
+        block = [layer for layer in layers if first <= layer <= last]
+        if block and (block[0], block[-1]) == (first, last) and left.issuperset(block):
+            blocks.append(block)
+            left -= set(block)
+    return blocks
+
+
+def _blocks(
+    session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, by_autograd: bool
+) -> tuple[list[list[int]], bool]:
+    """The layers in blocks that fit into the memory that is free, after those that were begun; and whether any was."""
+    begun = begun_blocks(session, spec.name, layers)
+    left = [layer for layer in layers if not any(layer in block for block in begun)]
+    return begun + (_split(session, spec, left, training, by_autograd) if left else []), bool(begun)
+
+
+def _split(
+    session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, by_autograd: bool
+) -> list[list[int]]:
     """The layers in blocks that fit into the memory that is free."""
     model, study = session.model(spec.name), session.study
     total = training.tokens * training.epochs
@@ -121,7 +203,7 @@ def _blocks(session: Session, spec: ModelSpec, layers: list[int], training: Trai
     sizes = []
     for layer in layers:
         wanted = study.dictionary_for(spec).at_layer(layer)
-        fast = compiled.can_train(ARCHITECTURES.load(wanted.architecture).name, session.device)
+        fast = not by_autograd and compiled.can_train(ARCHITECTURES.load(wanted.architecture).name, session.device)
         width = wanted.width(model.d_model)
         shape = (model.d_model, width, tokens, training.batch_tokens)
         sizes.append(measure_layer(*shape, by_autograd=not fast, bytes_per_number=2 if rounded else 4).total)
@@ -131,16 +213,18 @@ def _blocks(session: Session, spec: ModelSpec, layers: list[int], training: Trai
 # ---- activations
 
 
-def _activations(session: Session, spec: ModelSpec, layers: Sequence[int], training: TrainingSpec) -> ActivationSource:
-    """The study's text as these layers' activations; kept on disk where they are read again and that is cheaper."""
+def _activations(
+    session: Session, spec: ModelSpec, layers: Sequence[int], training: TrainingSpec, keep: bool
+) -> ActivationSource:
+    """The study's text as these layers' activations; if `keep`, on disk where they are read again and that is cheaper."""
     model, wanted = session.model(spec.name), training.activation_cache
     if harvests_in_bfloat16(training.precision, session.device, model.d_model):
         model = model.in_dtype(torch.bfloat16)
     rows = partial(_open_rows, session, spec.name)
     text = partial(TextSource, model, layers, rows, num_tokens=training.tokens)
     bytes_on_disk = model.hf.dtype.itemsize * training.tokens * len(layers) * model.d_model
-    folder = session.run.checkpoint_folder(spec.name) / f"activations_{layers[0]:02d}"
-    if wanted == "off" or training.epochs == 1:
+    folder = session.run.checkpoint_folder(spec.name, layers) / "activations"
+    if not keep or wanted == "off" or training.epochs == 1:
         return text(epochs=training.epochs)
     if wanted == "auto" and not _cache_is_cheaper(session, text(), bytes_on_disk, training):
         return text(epochs=training.epochs)
@@ -208,9 +292,12 @@ def count_tokens(study: Study, tokenizer: Any, context: int) -> int:
 # ---- what is kept of it
 
 
-def _keep_progress(session: Session, journals: Sequence[Journal], report: Report, progress: Progress) -> None:
-    """Report a training's progress, write it down, and keep the latest of each model for `throughline status`."""
-    session.run.note_progress(**asdict(progress), at=time.time())
+def _keep_progress(
+    notes: JobNotes, claim: Claim, journals: Sequence[Journal], report: Report, progress: Progress
+) -> None:
+    """Report a training's progress, write it down, and keep the latest for `throughline status`."""
+    claim.check()
+    notes.note(**{name: value for name, value in asdict(progress).items() if name not in ("model", "layers")})
     for journal in journals:
         journal.write(progress)
     report(progress)

@@ -1,8 +1,8 @@
 """What training measures as it goes on, kept for later: JSON lines always, TensorBoard and Weights & Biases if the study asks.
 
-    RUN/models/<model>/training.jsonl      an object for each report: step, tokens, and by layer loss, l0, fvu, dead
-    RUN/tensorboard/<model>/               the same as scalars `layer_07/fvu`
-    RUN/wandb/                             the same, in the service or, with WANDB_MODE=offline, on disk
+    RUN/models/<model>/training_00-05.jsonl  a block of layers: step, tokens, by layer loss, l0, fvu, dead
+    RUN/tensorboard/<model>/                  the same as scalars `layer_07/fvu`
+    RUN/wandb/                                the same, in the service or, with WANDB_MODE=offline, on disk
 
 A run that goes on from a checkpoint repeats the steps after it; the later lines count.
 """
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from throughline.errors import InputError
+from throughline.records import span
 from throughline.run_dir import RunDir
 from throughline.study import Study
 from throughline.training import Progress
 
 MEASURES = ("loss", "l0", "fvu", "dead")
-JOURNAL = "training.jsonl"
 
 
 class Journal(Protocol):
@@ -45,16 +45,18 @@ def check_extras(study: Study) -> None:
 
 
 @contextmanager
-def open_journals(run: RunDir, study: Study, model: str, batch_tokens: int) -> Iterator[Sequence[Journal]]:
-    """All journals of one model's training; closed at the end, whatever happens."""
+def open_journals(
+    run: RunDir, study: Study, model: str, layers: Sequence[int], batch_tokens: int
+) -> Iterator[Sequence[Journal]]:
+    """All journals of the training of a block of layers; closed at the end, whatever happens."""
     with ExitStack() as stack:
-        journals: list[Journal] = [JsonLines(run.model_folder(model) / JOURNAL, batch_tokens)]
+        journals: list[Journal] = [JsonLines(run.journal(model, layers), batch_tokens)]
         stack.callback(journals[0].close)
         if study.logging.tensorboard:
             journals.append(TensorBoard(run.root / "tensorboard" / run.model_folder(model).name))
             stack.callback(journals[-1].close)
         if study.logging.wandb is not None:
-            journals.append(WeightsAndBiases(run.root, study, model))
+            journals.append(WeightsAndBiases(run.root, study, f"{model} {span(layers)}"))
             stack.callback(journals[-1].close)
         yield journals
 
@@ -114,13 +116,13 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of the project that `logging.wandb` names."""
 
-    def __init__(self, root: Path, study: Study, model: str) -> None:
+    def __init__(self, root: Path, study: Study, name: str) -> None:
         import wandb  # an extra
 
         settings = wandb.Settings(silent=True, console="off")
         self._run = wandb.init(
             project=study.logging.wandb,
-            name=f"{study.name}/{model}",
+            name=f"{study.name}/{name}",
             dir=str(root),
             config=study.model_dump(mode="json"),
             settings=settings,

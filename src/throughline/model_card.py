@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from throughline.dictionaries import Dictionary
+from throughline.files import replacing
 from throughline.records import LayerQuality
-from throughline.run_dir import replacing
 from throughline.study import ModelSpec, Study
 
 Layers = dict[int, tuple[Dictionary, LayerQuality]]

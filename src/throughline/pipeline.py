@@ -6,8 +6,6 @@ A stage's key is made of every setting that its result depends on, and of the ke
 setting redoes exactly what it touches.
 """
 
-import time
-
 import polars as pl
 import torch
 
@@ -15,14 +13,15 @@ from throughline.codes import Codes, encode_csr
 from throughline.comparing import compare_traces
 from throughline.dictionaries import untrained_like
 from throughline.errors import InputError, ThroughlineError
-from throughline.executors.local import run_jobs
+from throughline.executors.local import run_jobs, threads
 from throughline.features import describe_features
-from throughline.jobs import Report, train_layers, train_steps
+from throughline.jobs import Job, Report, blocks_of, train_job, train_steps
 from throughline.journals import check_extras
 from throughline.labelers import LayerText
-from throughline.models import check_model, read_tokenizer
+from throughline.models import check_layers, check_model, read_tokenizer
+from throughline.progress import JobNotes
 from throughline.quality import evaluate
-from throughline.records import Comparison, LayerQuality, Trace, TransferInfo, best_labels
+from throughline.records import Comparison, LayerQuality, Trace, TransferInfo, best_labels, span
 from throughline.registry import LABELERS, METRICS
 from throughline.run_dir import digest_key
 from throughline.session import Session
@@ -36,16 +35,19 @@ from throughline.zoo.texts import solve
 # ---- train
 
 
-def check_study(study: Study) -> None:
+def check_study(study: Study) -> dict[str, int]:
     """Refuse, before anything is written, what would fail later: a model, layer, text or library that is not there, a prompt
-    too long."""
+    too long. Returns the depth of each model whose configuration tells it."""
     check_extras(study)
+    depths = {}
     for spec in study.models:
-        context = check_model(spec)
+        depth, context = check_model(spec)
+        depths |= {spec.name: depth} if depth else {}
         for prompt in study.trace.prompts:
             _check_prompt(spec, prompt, context)
     for split in ("train", "heldout"):
         next(read_documents(study.data, split, study.training.seed))
+    return depths
 
 
 def _check_prompt(spec: ModelSpec, prompt: str, context: int | None) -> None:
@@ -60,38 +62,43 @@ def _check_prompt(spec: ModelSpec, prompt: str, context: int | None) -> None:
 
 def train_models(session: Session, report: Report) -> None:
     """Dictionaries of every wanted layer of every model; layers that are trained from the same settings, or imported, are kept."""
-    pending: dict[str, list[int]] = {}
+    jobs = []
     for spec in session.study.models:
-        check_layers(session, spec)  # a wrong layer is refused before anything is trained
+        require_layers(session, spec)  # a wrong layer is refused before anything is trained
         steps = train_steps(session, spec)
-        pending[spec.name] = [layer for layer, step in steps.items() if not _is_done(session, step)]
-        imported = [str(layer) for layer in session.run.imported(spec.name) if layer in steps]
+        pending = [layer for layer, step in steps.items() if not _is_done(session, step)]
+        imported = [layer for layer in session.run.imported(spec.name) if layer in steps]
         if imported:
-            session.say(f"{spec.name}: imported, so not trained: layer{'s'[: len(imported) > 1]} {', '.join(imported)}")
-        if session.context(spec.name) < session.study.data.context and pending[spec.name]:
-            session.say(f"data.context {session.study.data.context} is {session.context(spec.name)} for {spec.name}")
-    run_jobs(
-        [spec for spec in session.study.models if pending[spec.name]],
-        lambda spec: _note_failure(session, spec, pending[spec.name], report),
-        name_of=lambda spec: spec.name,
-    )
+            session.say(f"{spec.name}: imported, so not trained: layer{'s'[: len(imported) > 1]} {span(imported)}")
+        jobs += [Job(spec.name, pending)] if pending else []
+    for state in session.run.jobs():  # of a training that is over: nobody else trains in this run now
+        session.run.forget_job(state.model, state.layers)
+    if not jobs:
+        return
+    if session.study.executor.kind == "ray":
+        from throughline.executors import ray
+
+        ray.run_jobs(session, [block for job in jobs for block in blocks_of(session, job)], report)
+        return
+    with threads(session.study.executor.cpus):
+        run_jobs(jobs, lambda job: _note_failure(session, job, report), name_of=lambda job: job.model)
 
 
-def check_layers(session: Session, spec: ModelSpec) -> None:
+def require_layers(session: Session, spec: ModelSpec) -> None:
     """InputError for a wanted layer that the model has not; the run remembers how deep the model is."""
-    model = session.model(spec.name)
-    model.layers(spec.layers)
-    known = session.run.progress().get(spec.name, {})
-    if known.get("depth") != model.num_layers:
-        session.run.note_progress(spec.name, **(known | {"depth": model.num_layers}))
+    depths = session.run.info().depths
+    if spec.name not in depths:
+        depths = depths | {spec.name: session.model(spec.name).num_layers}
+        session.run.update_info(depths=depths)
+    check_layers(spec.name, spec.layers, depths[spec.name])
 
 
-def _note_failure(session: Session, spec: ModelSpec, layers: list[int], report: Report) -> None:
+def _note_failure(session: Session, job: Job, report: Report) -> None:
     """Train; a failure is kept for `throughline status` before it is passed on."""
     try:
-        train_layers(session, spec, layers, report)
+        train_job(session, job, report)
     except ThroughlineError as error:
-        session.run.note_progress(spec.name, failed=str(error), at=time.time())
+        JobNotes(session.run, job.model, job.layers, session.device).note(failed=str(error))
         raise
 
 

@@ -3,6 +3,7 @@
 `run_dir` writes and reads them; figures, report and page need nothing else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -299,14 +300,36 @@ class Analysis(Record):
 class StepRecord(Record):
     """One finished step of a run: what it was made from (`key`), when, and the checksums of its files."""
 
+    step: str
     key: str
     started: str
     seconds: float
     files: dict[str, str]
 
 
+class JobState(Record):
+    """Where a job of training is, or why it failed: consecutive layers of one model, on one device. Lists are by layer."""
+
+    model: str
+    layers: list[int]
+    host: str
+    pid: int
+    device: str
+    at: float  # when this was noted; seconds since 1970
+    attempt: int = 1
+    failed: str | None = None
+    step: int = 0
+    num_steps: int = 0
+    tokens_per_second: float = 0.0
+    eta_seconds: float | None = None
+    loss: list[float] = []
+    l0: list[float] = []
+    fvu: list[float] = []
+    dead: list[float] = []
+
+
 class RunInfo(Record):
-    """Versions, hardware and steps of a run."""
+    """Versions and hardware of a run, and what is known of its models."""
 
     name: str
     versions: dict[str, str]
@@ -315,6 +338,7 @@ class RunInfo(Record):
     created: str
     forced: bool = False
     random_weights: list[str] = []  # models of the run that were never trained
+    depths: dict[str, int] = {}  # number of layers of each model
 
 
 class PlannedDevice(Record):
@@ -375,3 +399,11 @@ class Plan(Record):
     flops: float
     disk_bytes: dict[str, int]  # dictionaries, which stay; checkpoints and activations, the most at any time
     assumptions: list[str]
+
+
+def span(layers: Sequence[int]) -> str:
+    """`0-5`, `0-2, 5` or `3`: layers in ascending order, consecutive ones together."""
+    known = sorted(set(layers))
+    starts = [layer for layer in known if layer - 1 not in known]
+    ends = [layer for layer in known if layer + 1 not in known]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -1,31 +1,37 @@
 """The run folder: the only module that knows where things lie.
 
-Every file is written to a temporary name, synced and renamed. A finished step is noted in `manifest.json` with the checksums of
-its files; a step whose files do not match them is reported and done again, never silently used.
+Every file is written to a temporary name, synced and renamed. A finished step is noted in a file of its own in `manifest/`, with
+the checksums of its files, so that several processes can finish steps at once; a step whose files do not match them is reported
+and done again, never silently used. Likewise each job of training notes where it is in a file of its own in `progress/`.
 """
 
+import glob
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 import polars as pl
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from throughline.claims import hold
 from throughline.errors import DamagedFileError, InputError
+from throughline.files import replacing
 from throughline.records import (
     Analysis,
     Comparison,
+    JobState,
     LayerQuality,
     Record,
     RunInfo,
@@ -38,7 +44,8 @@ from throughline.study import Study, dump_study, folder_name, parse_study
 
 R = TypeVar("R", bound=Record)
 TABLES = ("features", "examples", "labels")
-PROGRESS = "progress.json"
+MANIFEST, PROGRESS = "manifest", "progress"
+CHECKPOINTS, DRIVER = "checkpoints", "driver.json"
 IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
 REPORTED_PACKAGES = ("throughline", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 
@@ -71,6 +78,13 @@ class RunDir:
             run.write_record("run.json", _describe_run(study.name))
         return run
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Work on the run alone; HeldError says which process does so already."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with hold(self.root / DRIVER, f"run {self.root}"):
+            yield
+
     def study(self) -> Study:
         """The resolved study."""
         import yaml
@@ -93,17 +107,21 @@ class RunDir:
 
     def manifest(self) -> dict[str, StepRecord]:
         """Finished steps by name."""
-        if not self.exists("manifest.json"):
-            return {}
-        steps = self.read_json("manifest.json")
-        try:
-            return {name: StepRecord.model_validate(step) for name, step in steps.items()}
-        except (ValueError, AttributeError) as error:
-            raise self._damaged("manifest.json", error) from error
+        files = sorted((self.root / MANIFEST).glob("*.json"))
+        steps = [self.read_record(f"{MANIFEST}/{file.name}", StepRecord) for file in files]
+        return {step.step: step for step in steps}
+
+    def finished(self, step: str) -> bool:
+        """True if a step was finished, from whatever settings."""
+        return self.exists(_step_file(step))
+
+    def _step(self, name: str) -> StepRecord | None:
+        """One finished step."""
+        return self.read_record(_step_file(name), StepRecord) if self.exists(_step_file(name)) else None
 
     def is_done(self, step: str, key: str, warn: Callable[[str], None] = lambda line: None) -> bool:
         """True if `step` was finished from the same `key` and all its files still match their checksums."""
-        record = self.manifest().get(step)
+        record = self._step(step)
         if record is None or record.key != key:
             return False
         damaged = [name for name, checksum in record.files.items() if _checksum(self.root / name) != checksum]
@@ -115,12 +133,12 @@ class RunDir:
 
     def check(self, step: str) -> None:
         """Raise DamagedFileError if a file of a finished step is not what was written."""
-        record = self.manifest().get(step)
+        record = self._step(step)
         for name in record.files if record else ():
             self._check_file(step, name)
 
     def _check_file(self, step: str, relative: str) -> None:
-        record = self.manifest().get(step)
+        record = self._step(step)
         if record and _checksum(self.root / relative) != record.files.get(relative):
             imported = record.key.startswith(IMPORTED)
             advice = "import it again with `throughline import`, or delete its folder" if imported else self._redo()
@@ -128,9 +146,8 @@ class RunDir:
 
     def _damaged(self, relative: str, error: Exception) -> DamagedFileError:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        redo = (
-            self._redo() if relative != "manifest.json" else "delete it, and a run with --resume notes its steps anew"
-        )
+        noted = relative.startswith(f"{MANIFEST}/")
+        redo = "delete it, and a run with --resume does that step anew" if noted else self._redo()
         return DamagedFileError(f"{self.root / relative} is damaged ({reason}); {redo}")
 
     def _redo(self) -> str:
@@ -148,23 +165,14 @@ class RunDir:
         started, clock, files = _now(), time.perf_counter(), {name: [] for name in keys}
         yield files
         seconds = round(time.perf_counter() - clock, 3)
-        done = {
-            name: StepRecord(
-                key=key,
-                started=started,
-                seconds=seconds,
-                files={file: _checksum(self.root / file) or "" for file in files[name]},
-            )
-            for name, key in keys.items()
-        }
-        self._write_manifest(self.manifest() | done)
+        for name, key in keys.items():
+            checksums = {file: _checksum(self.root / file) or "" for file in files[name]}
+            done = StepRecord(step=name, key=key, started=started, seconds=seconds, files=checksums)
+            self.write_record(_step_file(name), done)
 
     def forget(self, step: str) -> None:
         """Take a step out of the manifest, so that it is done again."""
-        self._write_manifest({name: record for name, record in self.manifest().items() if name != step})
-
-    def _write_manifest(self, manifest: dict[str, StepRecord]) -> None:
-        self.write_json("manifest.json", {step: manifest[step].model_dump() for step in sorted(manifest)})
+        (self.root / _step_file(step)).unlink(missing_ok=True)
 
     # ---- places
 
@@ -181,19 +189,34 @@ class RunDir:
         """All that is kept of one model."""
         return self.root / "models" / folder_name(model)
 
-    def checkpoint_folder(self, model: str) -> Path:
-        """Training state; removed when training is done."""
-        return self.model_folder(model) / "checkpoints"
+    def checkpoint_folder(self, model: str, layers: Sequence[int]) -> Path:
+        """Training state of a block of layers; removed when they are trained."""
+        return self.model_folder(model) / CHECKPOINTS / f"layers_{layers[0]:02d}-{layers[-1]:02d}"
 
-    def progress(self) -> dict[str, dict[str, Any]]:
-        """By model: how deep it is, and where its training is or why it failed."""
-        return self.read_json(PROGRESS) if self.exists(PROGRESS) else {}
+    def journal(self, model: str, layers: Sequence[int]) -> Path:
+        """What the training of a block of layers measured, as JSON lines."""
+        return self.model_folder(model) / f"training_{layers[0]:02d}-{layers[-1]:02d}.jsonl"
 
-    def note_progress(self, model: str, **where: Any) -> None:
-        """Replace what is known of a model's training; its depth is kept."""
-        known = self.progress()
-        depth = {name: value for name, value in known.get(model, {}).items() if name == "depth"}
-        self.write_json(PROGRESS, known | {model: depth | where})
+    def begun(self, model: str) -> list[tuple[int, int]]:
+        """First and last layer of each block of a model whose training was begun and not finished."""
+        folders = sorted((self.model_folder(model) / CHECKPOINTS).glob("layers_*-*"))
+        spans = [folder.name.removeprefix("layers_").split("-") for folder in folders]
+        return [(int(first), int(last)) for first, last in spans]
+
+    # ---- where jobs of training are
+
+    def jobs(self) -> list[JobState]:
+        """Where the jobs of training are that are not done."""
+        files = sorted((self.root / PROGRESS).glob("*.json"))
+        return [self.read_record(f"{PROGRESS}/{file.name}", JobState) for file in files]
+
+    def note_job(self, state: JobState) -> None:
+        """Replace what is known of a job."""
+        self.write_record(_job_file(state.model, state.layers), state)
+
+    def forget_job(self, model: str, layers: Sequence[int]) -> None:
+        """A job is done, or about to begin anew."""
+        (self.root / _job_file(model, layers)).unlink(missing_ok=True)
 
     def report_folder(self) -> Path:
         """The one-file page and figures/."""
@@ -207,7 +230,7 @@ class RunDir:
 
     def quality(self, model: str) -> list[LayerQuality]:
         """The quality of all evaluated layers of a model, by layer."""
-        step = self.manifest().get(f"evaluate/{model}")
+        step = self._step(f"evaluate/{model}")
         if step is not None:  # layers that an earlier version of the study had are left out
             return [
                 self.read_record(name, LayerQuality) for name in sorted(step.files) if name.endswith("quality.json")
@@ -230,7 +253,9 @@ class RunDir:
 
     def _layer_steps(self, model: str) -> dict[int, StepRecord]:
         prefix = f"train/{model}/"
-        steps = {name.removeprefix(prefix): r for name, r in self.manifest().items() if name.startswith(prefix)}
+        files = sorted((self.root / MANIFEST).glob(f"{glob.escape(_one_component(prefix))}*.json"))
+        records = [self.read_record(f"{MANIFEST}/{file.name}", StepRecord) for file in files]
+        steps = {record.step.removeprefix(prefix): record for record in records}
         return {int(layer): record for layer, record in steps.items() if layer.isdigit()}
 
     def write_table(self, model: str, table: str, frame: pl.DataFrame) -> str:
@@ -354,23 +379,22 @@ class RunDir:
             yield temporary
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what the block wrote there is synced and takes the place of `path` at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def digest_key(*parts: Any) -> str:
     """A short key of plain values: the same values give the same key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _step_file(step: str) -> str:
+    """`manifest/train,zoo,pythia,3.json`: one component, whatever the name of a model has in it."""
+    return f"{MANIFEST}/{_one_component(step)}.json"
+
+
+def _job_file(model: str, layers: Sequence[int]) -> str:
+    return f"{PROGRESS}/{_one_component(model)},{layers[0]:02d}-{layers[-1]:02d}.json"
+
+
+def _one_component(name: str) -> str:
+    return quote(name, safe="/ ()").replace("/", ",")
 
 
 def _digest(*parts: str) -> str:

@@ -25,6 +25,7 @@ class Session:
 
     def __init__(self, run: RunDir, device: str = "cpu", say: Callable[[str], None] = lambda line: None) -> None:
         self.run, self.device, self.say = run, device, say
+        self.device_name = device  # as people know it, where a process sees its device by another number
         self.study: Study = run.study()
         self._models: dict[str, LanguageModel] = {}
         self._dictionaries: dict[str, dict[int, Dictionary]] = {}
@@ -41,7 +42,7 @@ class Session:
         """The layers of a model that the study wants. The model is opened only if the run does not know how deep it is."""
         if spec.layers != "all":
             return sorted(set(spec.layers))
-        depth = self.run.progress().get(spec.name, {}).get("depth")
+        depth = self.run.info().depths.get(spec.name)
         return self.model(spec.name).layers("all") if depth is None else list(range(depth))
 
     def context(self, name: str) -> int:

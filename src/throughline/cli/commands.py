@@ -58,7 +58,7 @@ def demo(
     from throughline import api
     from throughline.cli import live, render
 
-    with live.Live(quiet) as news, _figures_of_the_gate(out, quiet):
+    with live.Live(quiet, out) as news, _figures_of_the_gate(out, quiet):
         finished = api.demo(out, short=short, device=device, say=news.say, progress=news.progress)
     if not quiet:
         render.finished(finished, model="zoo/pythia")
@@ -95,7 +95,8 @@ def run(
     from throughline import api
     from throughline.cli import live, render
 
-    with live.Live(quiet) as news, _figures_of_the_gate(out or _default_folder(study, settings), quiet):
+    folder = out or _default_folder(study, settings)
+    with live.Live(quiet, folder) as news, _figures_of_the_gate(folder, quiet):
         finished = api.run(study, out, settings, resume, force, device, news.say, news.progress)
     if not quiet:
         render.finished(finished)
@@ -137,18 +138,25 @@ def train(
     from throughline import api
     from throughline.cli import live
 
-    with live.Live(quiet) as news:
+    with live.Live(quiet, out or _default_folder(study, settings)) as news:
         made = api.train(study, out, settings, resume, device, news.say, news.progress)
     if not quiet:
         typer.echo(f"trained; evaluate with: throughline evaluate {made.root}")
 
 
 @app.command()
-def status(run: Run, as_json: AsJson = False) -> None:
-    """What is done, running, waiting or failed, by model."""
+def status(
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", help="look again every other second, until nothing runs")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What each device does, and which layers are done, running, waiting or failed."""
     from throughline import api
-    from throughline.cli import render
+    from throughline.cli import live, render
 
+    if watch:
+        live.watch(lambda: api.status(run), as_json)
+        return
     found = api.status(run)
     _print(as_json, found, lambda: render.status(found))
 

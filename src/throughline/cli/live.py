@@ -1,21 +1,31 @@
 """News of a running command: a live table in a terminal, plain lines elsewhere, nothing if quiet."""
 
+import json
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live as RichLive
-from rich.table import Table
-from rich.text import Text
+
+from throughline.cli.render import duration, status_view
+from throughline.progress import read_status
+from throughline.run_dir import RunDir
 
 PLAIN_EVERY_SECONDS = 10.0
+DRAWN_EVERY_SECONDS = 0.5
+WATCHED_EVERY_SECONDS = 2.0
 
 
 class Live:
-    """`say` prints a line; `progress` shows where a training is. Use it in a `with`."""
+    """`say` prints a line; `progress` shows where training is. Use it in a `with`."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, run: Path | None = None) -> None:
+        """`run` is the folder whose training `progress` shows."""
+        self._run = run
         self._console = Console(file=sys.stderr, quiet=quiet, highlight=False)
         self._live: RichLive | None = None
         self._last = 0.0
@@ -27,28 +37,50 @@ class Live:
         self._stop()
 
     def say(self, line: str) -> None:
-        """A line of news; ends the table of a training that is over."""
-        self._stop()
+        """A line of news, above the table."""
         self._console.print(line, markup=False, soft_wrap=True)
 
     def progress(self, progress: Any) -> None:
-        """Where a training is: table of model × layer in a terminal, a line every ten seconds elsewhere."""
+        """Where a training is: what `throughline status` shows in a terminal, a line every ten seconds elsewhere."""
         finished = progress.step == progress.num_steps
-        if self._console.is_terminal:
-            if self._live is None:
-                self._live = RichLive(console=self._console, refresh_per_second=4)
-                self._live.start()
-            self._live.update(training_table(progress))
-            if finished:
-                self._stop()
-        elif finished or time.monotonic() - self._last >= PLAIN_EVERY_SECONDS:
-            self._last = time.monotonic()
+        terminal = self._console.is_terminal
+        if not finished and time.monotonic() - self._last < (DRAWN_EVERY_SECONDS if terminal else PLAIN_EVERY_SECONDS):
+            return
+        self._last = time.monotonic()
+        if not terminal:
             self._console.print(training_line(progress), markup=False, soft_wrap=True)
+            return
+        if self._live is None:
+            self._live = RichLive(console=self._console, auto_refresh=False)
+            self._live.start()
+        assert self._run is not None
+        status = read_status(RunDir(self._run))
+        self._live.update(status_view(status), refresh=True)
+        if not status["layers"]["running"] + status["layers"]["waiting"]:
+            self._stop()
 
     def _stop(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def watch(look: Callable[[], dict[str, Any]], as_json: bool = False) -> None:
+    """The status of a run, drawn anew every other second until no layer runs any more, or Ctrl-C; as JSON, a line each time."""
+    console = Console(highlight=False)
+    with (
+        RichLive(console=console, auto_refresh=False) if not as_json else nullcontext() as drawn,
+        suppress(KeyboardInterrupt),
+    ):
+        while True:
+            status = look()
+            if drawn is None:
+                print(json.dumps(status), flush=True)  # noqa: T201
+            else:
+                drawn.update(status_view(status), refresh=True)
+            if not status["layers"]["running"]:
+                return
+            time.sleep(WATCHED_EVERY_SECONDS)
 
 
 def training_line(progress: Any) -> str:
@@ -58,26 +90,5 @@ def training_line(progress: Any) -> str:
     return (
         f"{progress.model}: step {progress.step}/{progress.num_steps}, {layers} layers, FVU {mean_fvu:.4f}, "
         f"L0 {sum(progress.l0) / layers:.1f}, dead at most {worst_dead:.0%}, "
-        f"{progress.tokens_per_second:,.0f} tokens/s, {_duration(progress.eta_seconds)} left"
+        f"{progress.tokens_per_second:,.0f} tokens/s, {duration(progress.eta_seconds)} left"
     )
-
-
-def training_table(progress: Any) -> Group:
-    """A training layer by layer."""
-    title = (
-        f"{progress.model}  step {progress.step}/{progress.num_steps}  "
-        f"{progress.tokens_per_second:,.0f} tokens/s  {_duration(progress.eta_seconds)} left"
-    )
-    table = Table(box=None, pad_edge=False)
-    for column in ("layer", "loss", "L0", "FVU", "dead"):
-        table.add_column(column, justify="right")
-    rows = zip(progress.layers, progress.loss, progress.l0, progress.fvu, progress.dead, strict=True)
-    for layer, loss, l0, fvu, dead in rows:
-        table.add_row(str(layer), f"{loss:.4f}", f"{l0:.1f}", f"{fvu:.4f}", f"{dead:.0%}")
-    return Group(Text(title), table)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,13 +1,16 @@
 """What commands print: tables and the text reading of a trace. Colour only on a terminal; text from data is never markup."""
 
+import time
+from datetime import datetime
+from statistics import mean
 from typing import Any
 
 import polars as pl
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from throughline.records import ActiveFeature, Comparison, LayerQuality, Plan, Trace, TransferResult, best_labels
+from throughline.records import ActiveFeature, Comparison, LayerQuality, Plan, Trace, TransferResult, best_labels, span
 
 PLAIN_WIDTH = 118
 MOST_JOBS = 40  # that a plan lists one by one
@@ -122,17 +125,71 @@ def transfers(results: list[TransferResult]) -> None:
 
 
 def status(found: dict[str, Any]) -> None:
-    """The grid of a run."""
-    out = console()
-    out.print(
-        f"{found['name']}  ({found['folder']})" + ("  gate overridden" if found["forced"] else ""), soft_wrap=True
-    )
-    table = _table("model", "layers", "train", "gate", "features", "label", "now", words=7)
+    """Where a run is."""
+    console().print(status_view(found))
+
+
+def status_view(found: dict[str, Any]) -> Group:
+    """How many layers are done, what each device does now, and the grid of models and layers with what they wait for."""
+    parts: list[Any] = [
+        Text(f"{found['name']}  ({found['folder']})" + ("  gate overridden" if found["forced"] else ""))
+    ]
+    parts.append(Text(_overall(found)))
+    if found["devices"]:
+        parts += [Text(), _devices(found["devices"])]
+    table = _table("model", "layers", "train", "gate", "features", "label", words=6)
     for name, model in found["models"].items():
         done = ["done" if model["steps"][s] else "waiting" for s in ("features", "label")]
-        layers = span(list(model["layers"])) if model["layers"] else "all"
-        table.add_row(name, layers, model["state"], _gate_of(model), *done, _now_of(model))
-    out.print(table)
+        table.add_row(name, _grid_row(model["layers"]), model["state"], _gate_of(model), *done)
+    signs = {layer["state"] for model in found["models"].values() for layer in model["layers"].values()}
+    legend = "  ".join(f"{SIGNS[state]} {state}" for state in SIGNS if state in signs)
+    parts += [Text(), table, Text(legend)] if legend else [Text(), table]
+    for model in found["models"].values():
+        parts += [Text(line) for line in map(_halted, model["jobs"]) if line]
+    return Group(*parts)
+
+
+def _overall(found: dict[str, Any]) -> str:
+    counts, left = found["layers"], found["eta_seconds"]
+    total, done = sum(counts.values()), counts["done"] + counts["imported"]
+    others = [f"{counts[state]} {state}" for state in ("running", "waiting", "stopped", "failed") if counts[state]]
+    end = ""
+    if left is not None:
+        end = f"; about {duration(left)} left, until {datetime.fromtimestamp(time.time() + left):%H:%M}"
+    return ", ".join([f"{done} of {total} layers trained", *others]) + end
+
+
+def _devices(jobs: list[dict[str, Any]]) -> Table:
+    table = _table("device", "model", "layers", "step", "FVU", "L0", "dead", "tokens/s", "left", words=3)
+    several = len({job["host"] for job in jobs}) > 1
+    for job in jobs:
+        place = f"{job['host']} {job['device']}" if several else job["device"]
+        begun = bool(job["fvu"])
+        numbers = (
+            [f"{mean(job['fvu']):.4f}", f"{mean(job['l0']):.1f}", f"{max(job['dead']):.0%}"] if begun else [""] * 3
+        )
+        speed = [f"{job['tokens_per_second']:,.0f}", duration(job["eta_seconds"] or 0.0)] if begun else [""] * 2
+        step = f"{job['step']}/{job['num_steps']}" if begun else "starting"
+        table.add_row(place, job["model"], span(job["layers"]), step, *numbers, *speed)
+    return table
+
+
+SIGNS = {"done": "#", "imported": "i", "running": ">", "stopped": "!", "waiting": ".", "failed": "x"}
+
+
+def _grid_row(layers: dict[int, dict[str, Any]]) -> str:
+    """A sign a layer, from the first to the last."""
+    return "".join(SIGNS[layer["state"]] for layer in layers.values()) or "not looked at yet"
+
+
+def _halted(job: dict[str, Any]) -> str:
+    """Why a job does not run."""
+    name = f"{job['model']} layers {span(job['layers'])}"
+    if job["state"] == "failed":
+        return f"{name} failed: {job['failed']}"
+    if job["state"] == "stopped":
+        return f"{name} stopped at step {job['step']}/{job['num_steps']}; --resume goes on from its last checkpoint"
+    return ""
 
 
 def plan(made: Plan) -> None:
@@ -205,25 +262,11 @@ def _gate_of(model: dict[str, Any]) -> str:
     return f"failed by layers {span(failed)}" if failed else "passed by all"
 
 
-def _now_of(model: dict[str, Any]) -> str:
-    where = model["progress"]
-    if model["failed"]:
-        return model["failed"]
-    if not where:
-        return ""
-    left = f", {where['eta_seconds']:.0f} s left" if model["state"] == "running" else ""
-    return f"step {where['step']}/{where['num_steps']}, {where['tokens_per_second']:,.0f} tokens/s{left}"
-
-
-def span(layers: list[int]) -> str:
-    """`0-3, 6` for 0, 1, 2, 3 and 6."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def trace(found: Trace) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from throughline.dictionaries.auxk import auxk_loss
 from throughline.dictionaries.jumprelu import JumpReLU
+from throughline.dictionaries.share import WHOLE, Share
 from throughline.dictionaries.stack import Architecture, Stack, StepLoss
 
 # Weight of the newest batch in the running mean (SAELens; dictionary_learning has 0.001, longer than a short run); the first
@@ -44,16 +45,17 @@ class BatchTopK(Architecture):
         dead_LF: Bool[Tensor, "L F"],
         progress: float,
         k: int,
+        share: Share = WHOLE,
         **_: Any,
     ) -> StepLoss:
         """Loss of every layer on centred, scaled activations."""
         pre_LNF = stack.pre_activations(x_LND).to(x_LND.dtype)
-        f_LNF = keep_largest(pre_LNF, k)
+        f_LNF = keep_largest(pre_LNF, k, share)
         x_hat_LND = f_LNF @ stack.W_dec_LFD + stack.b_dec_LD[:, None]
         error_LND = x_LND - x_hat_LND
         loss_L = error_LND.square().mean(dim=(1, 2))
         if dead_LF.any():
-            loss_L = loss_L + auxk_loss(stack, pre_LNF, error_LND, dead_LF)
+            loss_L = loss_L + auxk_loss(stack, pre_LNF, error_LND, dead_LF, share)
         return StepLoss(loss_L, x_hat_LND, (f_LNF > 0).sum(1), smallest_positive(f_LNF))
 
     @staticmethod
@@ -69,12 +71,13 @@ class BatchTopK(Architecture):
         threshold_LF += torch.where(kept_L1, rate_LF * (smallest_L1 - threshold_LF), 0.0)
 
 
-def keep_largest(pre_LNF: Float[Tensor, "L N F"], k: int) -> Float[Tensor, "L N F"]:
-    """The N k largest positive entries of each layer; all else zero."""
+def keep_largest(pre_LNF: Float[Tensor, "L N F"], k: int, share: Share = WHOLE) -> Float[Tensor, "L N F"]:
+    """The N k largest positive entries of each layer, N being the tokens of the whole batch; all else zero."""
     L, N, _ = pre_LNF.shape
-    flat = pre_LNF.reshape(L, -1)
-    top = flat.topk(min(N * k, flat.shape[1]), dim=1, sorted=False)
-    return torch.zeros_like(flat).scatter(1, top.indices, top.values.relu()).view_as(pre_LNF)
+    flat, num_kept = pre_LNF.reshape(L, -1), share.num_tokens(N) * k
+    top = flat.topk(min(num_kept, flat.shape[1]), dim=1, sorted=False)
+    kept = share.keep_largest(top.values.relu(), num_kept)
+    return torch.zeros_like(flat).scatter(1, top.indices, kept).view_as(pre_LNF)
 
 
 def smallest_positive(f_LNF: Float[Tensor, "L N F"]) -> Float[Tensor, "L"]:

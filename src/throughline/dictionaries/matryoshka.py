@@ -15,6 +15,7 @@ from torch import Tensor
 
 from throughline.dictionaries.auxk import auxk_loss
 from throughline.dictionaries.batch_topk import BatchTopK, keep_largest, smallest_positive
+from throughline.dictionaries.share import WHOLE, Share
 from throughline.dictionaries.stack import Stack, StepLoss
 
 GROUPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # shares of the features; the last group is the rest
@@ -32,18 +33,19 @@ class Matryoshka(BatchTopK):
         dead_LF: Bool[Tensor, "L F"],
         progress: float,
         k: int,
+        share: Share = WHOLE,
         **_: Any,
     ) -> StepLoss:
         """Loss of every layer on centred, scaled activations."""
         pre_LNF = stack.pre_activations(x_LND).to(x_LND.dtype)
-        f_LNF = keep_largest(pre_LNF, k)
+        f_LNF = keep_largest(pre_LNF, k, share)
         x_hat_LND, losses = stack.b_dec_LD[:, None], []
         for start, end in pairwise([0, *prefixes(f_LNF.shape[-1])]):
             x_hat_LND = x_hat_LND + f_LNF[..., start:end] @ stack.W_dec_LFD[:, start:end]
             losses.append((x_LND - x_hat_LND).square().mean(dim=(1, 2)))
         loss_L = torch.stack(losses).mean(0)
         if dead_LF.any():
-            loss_L = loss_L + auxk_loss(stack, pre_LNF, x_LND - x_hat_LND, dead_LF)
+            loss_L = loss_L + auxk_loss(stack, pre_LNF, x_LND - x_hat_LND, dead_LF, share)
         return StepLoss(loss_L, x_hat_LND, (f_LNF > 0).sum(1), smallest_positive(f_LNF))
 
 

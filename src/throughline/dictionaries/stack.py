@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from throughline.dictionaries.dictionary import Dictionary
+from throughline.dictionaries.share import WHOLE, Share
 
 
 class StepLoss(NamedTuple):
@@ -68,11 +69,19 @@ class Architecture:
 
     @staticmethod
     def loss(
-        stack: "Stack", x_LND: Tensor, dead_LF: Tensor, progress: float, *, k: int | None, penalty_L: Tensor
+        stack: "Stack",
+        x_LND: Tensor,
+        dead_LF: Tensor,
+        progress: float,
+        *,
+        k: int | None,
+        penalty_L: Tensor,
+        share: Share = WHOLE,
     ) -> StepLoss:
         """Loss of every layer on centred, scaled activations.
 
-        `progress` is the share of the run done, `penalty_L` the coefficient of each layer's penalty.
+        `progress` is the share of the run done, `penalty_L` the coefficient of each layer's penalty, `share` what `x_LND` is
+        of the batch.
         """
         raise NotImplementedError
 

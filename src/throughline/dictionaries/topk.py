@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from throughline.dictionaries.auxk import auxk_loss
+from throughline.dictionaries.share import WHOLE, Share
 from throughline.dictionaries.stack import Architecture, Stack, StepLoss, count_fired
 
 
@@ -39,6 +40,7 @@ class TopK(Architecture):
         dead_LF: Bool[Tensor, "L F"],
         progress: float,
         k: int,
+        share: Share = WHOLE,
         **_: Any,
     ) -> StepLoss:
         """Loss of every layer on centred, scaled activations."""
@@ -49,5 +51,5 @@ class TopK(Architecture):
         error_LND = x_LND - x_hat_LND
         loss_L = error_LND.square().mean(dim=(1, 2))
         if dead_LF.any():
-            loss_L = loss_L + auxk_loss(stack, pre_LNF, error_LND, dead_LF)
+            loss_L = loss_L + auxk_loss(stack, pre_LNF, error_LND, dead_LF, share)
         return StepLoss(loss_L, x_hat_LND, count_fired(top.indices, values_LNK > 0, pre_LNF.shape[-1]))

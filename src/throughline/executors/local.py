@@ -1,7 +1,10 @@
 """Jobs in this process, one after another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
+
+import torch
 
 from throughline.errors import ThroughlineError, TrainingError
 
@@ -23,3 +26,14 @@ def run_jobs(jobs: Sequence[J], work: Callable[[J], None], name_of: Callable[[J]
         raise failures[0][1]
     if failures:
         raise TrainingError("; ".join(f"{name}: {error}" for name, error in failures))
+
+
+@contextmanager
+def threads(num: int | None) -> Iterator[None]:
+    """So many threads for torch while the block runs; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from throughline.run_dir import replacing
+from throughline.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -71,11 +71,15 @@ def outline_model(spec: ModelSpec) -> PreTrainedModel:
     return hf
 
 
-def check_model(spec: ModelSpec) -> int | None:
-    """Refuse what `open_model` would refuse for what lies there, and layers that the model has not, without reading weights.
+class ModelFacts(NamedTuple):
+    """What a model's configuration tells of it: number of layers, and the longest text it takes, in tokens."""
 
-    Returns the longest text the model takes, in tokens, where its configuration tells.
-    """
+    depth: int | None
+    context: int | None
+
+
+def check_model(spec: ModelSpec) -> ModelFacts:
+    """Refuse what `open_model` would refuse for what lies there, and layers that the model has not, without reading weights."""
     path, config = _find(spec)
     known = AutoConfig.for_model(**config) if "model_type" in config else None
     depth = getattr(known, "num_hidden_layers", None)
@@ -85,7 +89,8 @@ def check_model(spec: ModelSpec) -> int | None:
         _find_tokenizer(path, spec, config)
     model_type = str(config.get("model_type"))
     family = FAMILIES.load(model_type) if model_type in FAMILIES.names() else None
-    return getattr(known, family.context if family else "max_position_embeddings", None)
+    context = getattr(known, family.context if family else "max_position_embeddings", None)
+    return ModelFacts(depth if isinstance(depth, int) else None, context)
 
 
 def _find(spec: ModelSpec) -> tuple[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from throughline.errors import DamagedFileError, TrainingError
-from throughline.run_dir import replacing
+from throughline.files import replacing
 from throughline.training.sources import ActivationSource
 
 SHARD_BYTES = 2**28  # of a file, which is held in memory until it is written

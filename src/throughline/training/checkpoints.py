@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from throughline.run_dir import replacing
+from throughline.files import replacing
 from throughline.training.chunks import Cursor
 
 SAVING_SHARE = 0.02  # of the time may go into checkpoints, however often they are asked for
@@ -33,7 +33,16 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
     """Where one training is saved, and how often: every `minutes`, or more rarely if saving is slow; 0 is after each chunk."""
 
-    def __init__(self, folder: Path, key: str, minutes: float, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        minutes: float,
+        say: Callable[[str], None] = lambda line: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check` is asked before each checkpoint takes its place, and raises if it may not."""
+        self._check = check
         self._path, self._key, self._minutes, self._say = folder / FILE, key, minutes, say
         self._last, self._cost = time.monotonic(), 0.0
 
@@ -73,6 +82,7 @@ class Checkpoints:
         header = {"key": self._key, "step": step, "cursor": list(cursor), "digest": _digest(tensors)}
         with replacing(self._path) as temporary:
             save_file(tensors, temporary, metadata={"throughline": json.dumps(header)})
+            self._check()
         self._last = time.monotonic()
         self._cost = self._last - started
 

@@ -6,7 +6,7 @@
     4. fold mean and scale into the weights
 
 Layers of the same shape and architecture form a group; nothing couples them. On CPUs `compiled.py` trains what it can,
-`plain.py` the rest.
+`plain.py` the rest. Several ranks, a device each, may go through this together (`ranks.py`), with the same result.
 """
 
 import math
@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from throughline.dictionaries import Dictionary
+from throughline.dictionaries.auxk import AUX_TOKENS
 from throughline.dictionaries.stack import Architecture, Stack
-from throughline.errors import TrainingError
+from throughline.errors import InputError, TrainingError
 from throughline.registry import ARCHITECTURES
 from throughline.study import DictionarySpec, TrainingSpec
 from throughline.training import compiled
@@ -31,6 +32,7 @@ from throughline.training.compiled import CompiledTrainer
 from throughline.training.group import Course, Group, NonFiniteLoss
 from throughline.training.plain import PlainTrainer
 from throughline.training.precision import trains_in_bfloat16
+from throughline.training.ranks import ALONE, Ranks
 from throughline.training.sources import ActivationSource
 from throughline.training.sparsity import SparsityController
 
@@ -69,6 +71,10 @@ class Trainer(Protocol):
         ...
 
 
+def _nothing(what: object) -> None:
+    """Whoever does not listen."""
+
+
 def train(
     source: ActivationSource,
     specs: dict[int, DictionarySpec],
@@ -76,21 +82,35 @@ def train(
     *,
     model: str,
     num_layers: int,
-    report: Callable[[Progress], None] = lambda progress: None,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[Progress], None] = _nothing,
+    say: Callable[[str], None] = _nothing,
     checkpoints: Checkpoints | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[int, Dictionary]:
     """Dictionaries of the layers in `specs`, whose activations `source` has in that order.
 
     `num_layers` is the model's depth (thirds of it choose the L1 coefficient). Stops when the source ends or the study's
     tokens are used, whichever is first. With `checkpoints`, goes on from the latest one if there is one.
-    Raises TrainingError if the source yields less than one batch, or activations or a loss are not finite.
+
+    Each of several `ranks` calls this with the same arguments, and all get the same dictionaries. Rank 0 alone reports, says,
+    loads and saves checkpoints, which do not tell how many ranks there were.
+
+    Raises TrainingError, on every rank, if the source yields less than one batch, or activations or a loss are not finite.
+    InputError if there are more ranks than a batch has tokens.
     """
+    if ranks.size > min(training.batch_tokens, AUX_TOKENS):
+        raise InputError(
+            f"{model}: {ranks.size} devices for batches of {training.batch_tokens} tokens, expected no more devices than tokens "
+            f"and no more than {AUX_TOKENS}; set training.batch_tokens higher or give fewer devices"
+        )
+    if ranks.rank:
+        report, say = _nothing, _nothing
     total = training.tokens * training.epochs
     num_steps = training.num_steps
-    found = checkpoints.load() if checkpoints else None
+    found = ranks.load(lambda: checkpoints.load() if checkpoints else None)
     cursor, step = (found.cursor, found.step) if found else (Cursor(), 0)
-    chunks = read_chunks(source, training.batch_tokens, total, num_layers, training.seed, cursor, training.passes)
+    shared = ranks.divide(source)
+    chunks = read_chunks(shared, training.batch_tokens, total, num_layers, training.seed, cursor, training.passes)
     chunk = next(chunks, None)
     if chunk is None and found is None:
         raise TrainingError(
@@ -101,6 +121,8 @@ def train(
     groups = (
         _restore(found, specs, training, device) if found else _make_groups(chunk, specs, training, num_layers, model)
     )
+    for tensor in _tensors(groups).values():
+        ranks.take_(tensor, 0)
     if found:
         say(f"{model}: going on from step {step:,} of {num_steps:,}")
     bfloat16 = trains_in_bfloat16(training.precision, device)
@@ -109,7 +131,7 @@ def train(
         min(DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE * num_steps * training.batch_tokens),
     )
     course = Course(num_steps, training.batch_tokens, training.seed, dead_after, bfloat16)
-    trainers = _make_trainers(groups, course, device, say)
+    trainers = _make_trainers(groups, course, device, say, ranks)
     reporter = _Reporter(groups, training, model, num_steps, step, report)
     while chunk is not None and step < num_steps:
         steps = min(len(chunk.order_C) // training.batch_tokens, num_steps - step)
@@ -125,7 +147,7 @@ def train(
             reporter.trained(steps)
         step += steps
         following = chunk.following
-        if checkpoints and checkpoints.is_due() and step < num_steps:
+        if checkpoints and ranks.rank == 0 and checkpoints.is_due() and step < num_steps:
             checkpoints.save(step, following, _tensors(groups))
         chunk = next(chunks, None) if step < num_steps else None
     reporter.finish(step)
@@ -285,10 +307,15 @@ def _tensors(groups: Sequence[Group]) -> dict[str, Tensor]:
     return {f"{number}/{n}": t for number, group in enumerate(groups) for n, t in group.tensors().items()}
 
 
-def _make_trainers(groups: Sequence[Group], course: Course, device: str, say: Callable[[str], None]) -> list[Trainer]:
-    """One trainer for all groups that have compiled kernels, on a CPU; one for each of the others."""
-    fast = [g for g in groups if compiled.can_train(g.architecture.name, device)]
-    trainers: list[Trainer] = [PlainTrainer(group, course, say) for group in groups if group not in fast]
+def _make_trainers(
+    groups: Sequence[Group], course: Course, device: str, say: Callable[[str], None], ranks: Ranks
+) -> list[Trainer]:
+    """One trainer for all groups that have compiled kernels, on one CPU; one for each of the others.
+
+    Compiled steps go from activations to weights and have no gradients that ranks could add up.
+    """
+    fast = [g for g in groups if ranks.size == 1 and compiled.can_train(g.architecture.name, device)]
+    trainers: list[Trainer] = [PlainTrainer(group, course, say, ranks) for group in groups if group not in fast]
     return ([CompiledTrainer(fast, course, torch.get_num_threads())] if fast else []) + trainers
 
 

@@ -1,6 +1,7 @@
 """Training with autograd: all layers of a group in batched products, on any device, for every architecture.
 
-The reference for `compiled.py`, and what GPUs use.
+The reference for `compiled.py`, and what GPUs use. Ranks, if there are several, compute a share of each batch and add up what
+they found between the gradients and Adam: from there on all are alike again.
 """
 
 import math
@@ -10,18 +11,24 @@ import torch
 from torch import Tensor
 
 from throughline.dictionaries.stack import StepLoss
+from throughline.errors import TrainingError
 from throughline.training.chunks import Chunk
 from throughline.training.group import BETAS, EPSILON, Course, Group, Measures, NonFiniteLoss
+from throughline.training.ranks import ALONE, Ranks
 from throughline.training.resampling import is_due, resample_
 
 CHECK_STEPS = 50  # a look at the loss waits for the device
 
 
 class PlainTrainer:
-    """One group's steps. Micro-batches shrink when memory runs out, and `say` is told."""
+    """One group's steps. Micro-batches shrink when memory runs out, and `say` is told.
 
-    def __init__(self, group: Group, course: Course, say: Callable[[str], None]) -> None:
-        self._group, self._course, self._say = group, course, say
+    Several ranks raise TrainingError instead: what they say to one another within a batch would fall out of step.
+    """
+
+    def __init__(self, group: Group, course: Course, say: Callable[[str], None], ranks: Ranks = ALONE) -> None:
+        self._group, self._course, self._say, self._ranks = group, course, say, ranks
+        self._share = ranks.share_of(course.batch_tokens)
         self._optimizer = torch.optim.Adam(
             list(group.stack.trained().values()), lr=group.learning_rate, betas=BETAS, eps=EPSILON, fused=True
         )
@@ -35,7 +42,7 @@ class PlainTrainer:
         everything = len(group.columns) == len(chunk.x_LCD)
         columns = torch.tensor(group.columns, device=chunk.x_LCD.device)[:, None]
         for i in range(num_steps):
-            order_N = order_C[i * N : (i + 1) * N]
+            order_N = order_C[i * N + self._ranks.rank : (i + 1) * N : self._ranks.size]
             x_LND = chunk.x_LCD[:, order_N] if everything else chunk.x_LCD[columns, order_N]
             self._step((x_LND.float() - group.mean_LD[:, None]) * group.scale_L[:, None, None], first_step + i)
             if (i + 1) % CHECK_STEPS == 0 or i + 1 == num_steps:
@@ -55,9 +62,16 @@ class PlainTrainer:
             self._optimizer.state[weight] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
 
     def _step(self, x_LND: Tensor, step: int) -> None:
-        group, course = self._group, self._course
+        group, course, N = self._group, self._course, self._course.batch_tokens
         dead_LF = group.idle_tokens_LF >= course.dead_after_of(group)
         losses = self._losses(x_LND, dead_LF, course.progress(step))
+        error_LND = x_LND - losses.x_hat_LND
+        squares = [x.square().sum((1, 2)) for x in (error_LND, x_LND)]
+        loss_L = losses.loss_L * (x_LND.shape[1] / N)
+        gradients = [weight.grad for weight in group.stack.parameters() if weight.grad is not None]
+        self._ranks.sum_(*gradients, losses.fired_LF, loss_L, *squares)
+        if losses.smallest_L is not None:
+            self._ranks.minimum_(losses.smallest_L)
         group.stack.remove_parallel_gradient_()
         for parameters in self._optimizer.param_groups:
             parameters["lr"] = group.learning_rate * course.rate(step)
@@ -65,16 +79,15 @@ class PlainTrainer:
         self._optimizer.zero_grad()
         group.stack.normalize_()
         with torch.no_grad():
-            l0_L = losses.fired_LF.sum(1) / x_LND.shape[1]
+            l0_L = losses.fired_LF.sum(1) / N
             group.controller.update_(l0_L, step, course.num_steps, course.rate(step))
             group.architecture.after_step_(group.stack, losses, group.controller.trim(step, course.num_steps))
-            group.idle_tokens_LF += x_LND.shape[1]
+            group.idle_tokens_LF += N
             group.idle_tokens_LF[losses.fired_LF > 0] = 0
-            error_LND = x_LND - losses.x_hat_LND
             if is_due(step, course.num_steps, group.k):
-                resample_(group, x_LND, error_LND, step, course)
-            fvu_L = error_LND.square().sum((1, 2)) / x_LND.square().sum((1, 2))
-            group.latest = Measures(losses.loss_L.detach(), l0_L, fvu_L, dead_LF.float().mean(1))
+                all_x_LND, all_error_LND = (self._ranks.gather_batch(x, N) for x in (x_LND, error_LND))
+                resample_(group, all_x_LND, all_error_LND, step, course)
+            group.latest = Measures(loss_L, l0_L, squares[0] / squares[1], dead_LF.float().mean(1))
 
     def _losses(self, x_LND: Tensor, dead_LF: Tensor, progress: float) -> StepLoss:
         """Losses of the batch; their gradients are left in the weights."""
@@ -82,7 +95,12 @@ class PlainTrainer:
             try:
                 parts = [self._part(part, x_LND, dead_LF, progress) for part in x_LND.chunk(self._num_parts, dim=1)]
                 return parts[0] if len(parts) == 1 else _join(parts, [p.x_hat_LND.shape[1] for p in parts])
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                if self._ranks.size > 1:
+                    raise TrainingError(
+                        f"memory ran out on rank {self._ranks.rank} of {self._ranks.size}; "
+                        f"set training.batch_tokens (now {self._course.batch_tokens}) lower or give more devices"
+                    ) from error
                 if self._num_parts >= x_LND.shape[1]:
                     raise
                 self._optimizer.zero_grad()
@@ -96,9 +114,15 @@ class PlainTrainer:
         group = self._group
         with torch.autocast(x_LND.device.type, torch.bfloat16, enabled=self._course.bfloat16):
             losses = group.architecture.loss(
-                group.stack, part_LND, dead_LF, progress, k=group.k, penalty_L=group.controller.penalty_L
+                group.stack,
+                part_LND,
+                dead_LF,
+                progress,
+                k=group.k,
+                penalty_L=group.controller.penalty_L,
+                share=self._share,
             )
-        (losses.loss_L.sum() * (part_LND.shape[1] / x_LND.shape[1])).backward()
+        (losses.loss_L.sum() * (part_LND.shape[1] / self._course.batch_tokens)).backward()
         return StepLoss(losses.loss_L.detach(), losses.x_hat_LND.detach(), *losses[2:])
 
 

@@ -3,8 +3,9 @@
     log lambda += gain * sqrt(lr_factor) * e + DAMPING * (e - e of the step before)        e = log(L0 / target)
 
 L0 is a running mean over batches. The first term finds the coefficient; the second keeps it from swinging around it while the
-weights are still on their way (a PI controller in its velocity form). The controller waits until the penalty has grown to its full
-strength, and slows down with the learning rate, as the weights that it steers do. Layers do not see one another.
+weights are still on their way (a PI controller in its velocity form). It begins while the penalty still grows: one that starts far
+too strong would leave so few features that L0 takes half the run to come back. It slows down with the learning rate, as the weights
+that it steers do. Layers do not see one another.
 
 Thresholds (jumprelu) and biases (relu) answer to the penalty too late once the learning rate is low. In the last tenth of the run
 they are moved directly, all of a layer alike, by what `trim` returns: the logarithm of a factor for thresholds.
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FROM_SHARE = 0.1  # of the run: the penalty's own warm-up
+FROM_SHARE = 0.02  # of the run
 DAMPING = 2.0
 GAIN = 120.0  # a run, spread over its steps
 FASTEST = 0.1  # per step, in short runs

@@ -16,7 +16,7 @@ from throughline.dictionaries.dictionary import Dictionary
 from throughline.dictionaries.formats.files import read_json, read_state_dict, take, write_json
 from throughline.dictionaries.formats.folding import biases_after_subtraction, fold
 from throughline.errors import DamagedFileError, InputError
-from throughline.run_dir import replacing
+from throughline.files import replacing
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 ARCHITECTURES_HELD = ("relu", "topk", "jumprelu", "gated")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from throughline.errors import DamagedFileError, InputError
-from throughline.run_dir import replacing
+from throughline.files import replacing
 
 T = TypeVar("T")
 

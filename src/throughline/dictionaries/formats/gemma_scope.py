@@ -14,7 +14,7 @@ from throughline.dictionaries.dictionary import Dictionary
 from throughline.dictionaries.formats.files import read_json, read_npz, read_safetensors
 from throughline.dictionaries.formats.folding import fold
 from throughline.errors import InputError
-from throughline.run_dir import replacing
+from throughline.files import replacing
 
 WEIGHTS, WEIGHTS_2, CONFIG_2 = "params.npz", "params.safetensors", "config.json"
 ARCHITECTURES_HELD = ("jumprelu", "relu")

@@ -1,0 +1,255 @@
+"""Kill workers, nodes and drivers of a training on a two-node Ray cluster on this machine; compare with the local executor.
+
+    python benchmarks/kill_cluster.py worker node driver random [--kills 10]
+
+Each scenario trains the bundled models with `throughline train` as a user would and ends when the training is complete. `worker`:
+SIGKILL of a worker in mid-job. `node`: a node and all its processes are taken away in mid-job, and another joins later. `driver`:
+SIGKILL of the driver, which is started again. `random`: so many kills at random moments, of a worker or of the driver. Printed for
+each: what was killed at which step, from which steps jobs went on, whether any layer that had a checkpoint began again at the
+first step, and whether all weights are those of the local executor, bit by bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from throughline.records import JobState
+from throughline.run_dir import RunDir
+
+STUDY: dict[str, Any] = {
+    "name": "cluster",
+    "models": ["zoo/gpt2", "zoo/pythia", "zoo/phi", "zoo/gemma"],
+    "data": {"path": "zoo/arithmetic", "context": 64},
+    "dictionary": {"expansion": 2, "k": 8},
+    "training": {"tokens": 300_000, "batch_tokens": 256, "checkpoint_minutes": 0},
+    "executor": {"cpus": 1},
+}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+LONGEST_SECONDS = 900.0
+
+
+class Nodes:
+    """A Ray cluster of a head without devices and nodes of one core each, every one with processes of its own."""
+
+    def __init__(self, num: int = 2) -> None:
+        os.environ |= ENVIRONMENT | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self._nodes = [self._cluster.add_node(num_cpus=1) for _ in range(num)]
+
+    @property
+    def address(self) -> str:
+        """Where a driver finds it."""
+        return self._cluster.address
+
+    def remove(self) -> None:
+        """Take a node away, with everything that runs on it."""
+        self._cluster.remove_node(self._nodes.pop(0), allow_graceful=False)
+
+    def add(self) -> None:
+        """Another node joins."""
+        self._nodes.append(self._cluster.add_node(num_cpus=1))
+
+    def stop(self) -> None:
+        """End all processes."""
+        self._cluster.shutdown()
+
+
+@contextmanager
+def nodes(num: int = 2) -> Iterator[Nodes]:
+    """A cluster for the time of the block."""
+    cluster = Nodes(num)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+class Training:
+    """`throughline train --resume` in a process of its own, started again as often as need be."""
+
+    def __init__(self, study: dict[str, Any], folder: Path, address: str | None = None) -> None:
+        executor = study["executor"] | ({"kind": "ray", "address": address} if address else {})
+        folder.mkdir(parents=True)
+        self.run, self._study, self._log = RunDir(folder / "run"), folder / "study.yaml", folder / "log.txt"
+        self._study.write_text(yaml.safe_dump(study | {"executor": executor}))
+
+    def start(self) -> subprocess.Popen:
+        """The driver."""
+        command = [sys.executable, "-m", "throughline", "train", self._study, "--out", self.run.root, "--resume"]
+        with self._log.open("a") as log:
+            arguments = [str(part) for part in [*command, "--device", "cpu"]]
+            return subprocess.Popen(arguments, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
+
+    @property
+    def said(self) -> str:
+        """What all drivers said."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def jobs(self) -> list[JobState]:
+        """Jobs that run now and have a checkpoint to go on from."""
+        states = self.run.jobs() if self.run.root.exists() else []
+        return [s for s in states if self._checkpoint(s).exists() and 0 < s.step < s.num_steps]
+
+    def _checkpoint(self, state: JobState) -> Path:
+        return self.run.checkpoint_folder(state.model, state.layers) / "state.safetensors"
+
+    def wait_for_a_job(
+        self, driver: subprocess.Popen, wanted: Callable[[JobState], bool] = lambda state: True
+    ) -> JobState | None:
+        """The first job that could go on from a checkpoint; None if the driver ended before there was one."""
+        end = time.monotonic() + LONGEST_SECONDS
+        while driver.poll() is None and time.monotonic() < end:
+            try:
+                found = [state for state in self.jobs() if wanted(state)]
+            except FileNotFoundError:  # a job ended while its note was read
+                continue
+            if found:
+                return found[0]
+            time.sleep(0.02)
+        return None
+
+
+class Outcome(NamedTuple):
+    """How a scenario ended."""
+
+    exit_code: int
+    said: str
+    hashes: dict[str, str]
+    trained: dict[str, list[int]]
+    restarts: list[tuple[str, int]]  # jobs that went on, and from which step
+    from_zero: list[str]  # blocks that had a checkpoint and began again at the first step
+
+
+def hashes_of(run: RunDir) -> dict[str, str]:
+    """Of every file of weights and probes."""
+    files = sorted(run.root.rglob("layer_*/*.safetensors"))
+    return {str(f.relative_to(run.root)): sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def look_at(training: Training, exit_code: int) -> Outcome:
+    """What a finished training left."""
+    run = training.run
+    trained = {spec.name: run.trained_layers(spec.name) for spec in run.study().models}
+    restarts = [
+        (name, int(step.replace(",", "")))
+        for name, step in re.findall(r"(\S+): going on from step ([\d,]+)", training.said)
+    ]
+    from_zero = []
+    for journal in sorted(run.root.glob("models/*/training_*.jsonl")):
+        steps = [json.loads(line)["step"] for line in journal.read_text().splitlines() if line.endswith("}")]
+        begins = [b for a, b in pairwise(steps) if b < a]
+        first_checkpoint = min((step for _, step in restarts), default=0)
+        from_zero += [f"{journal.parent.name} {journal.stem}" for begin in begins if begin < first_checkpoint]
+    return Outcome(exit_code, training.said, hashes_of(run), trained, restarts, from_zero)
+
+
+def kill_worker(training: Training, cluster: Nodes) -> list[str]:
+    """SIGKILL of a worker in mid-job."""
+    driver = training.start()
+    job = training.wait_for_a_job(driver)
+    assert job, training.said
+    os.kill(job.pid, signal.SIGKILL)
+    driver.wait(LONGEST_SECONDS)
+    return [f"worker of {job.model} at step {job.step}"]
+
+
+def kill_node(training: Training, cluster: Nodes) -> list[str]:
+    """A node goes in mid-job, another comes later."""
+    driver = training.start()
+    job = training.wait_for_a_job(driver)
+    assert job, training.said
+    cluster.remove()
+    time.sleep(5)
+    cluster.add()
+    driver.wait(LONGEST_SECONDS)
+    return [f"a node, while {job.model} was at step {job.step}"]
+
+
+def kill_driver(training: Training, cluster: Nodes) -> list[str]:
+    """SIGKILL of the driver in mid-job; it is started again at once."""
+    driver = training.start()
+    job = training.wait_for_a_job(driver)
+    assert job, training.said
+    driver.kill()
+    driver.wait()
+    training.start().wait(LONGEST_SECONDS)
+    return [f"driver, while {job.model} was at step {job.step}"]
+
+
+def kill_at_random(training: Training, cluster: Nodes, kills: int, seed: int = 0) -> list[str]:
+    """Workers and drivers in one training, until there have been so many kills; moments and victims at random."""
+    rng, killed = random.Random(seed), []
+    driver = training.start()
+    while len(killed) < kills and driver.poll() is None:
+        time.sleep(3 * rng.random())
+        if rng.random() < 0.3:
+            driver.kill()
+            driver.wait()
+            killed.append("driver")
+            driver = training.start()
+        elif states := [state for state in training.run.jobs() if state.step]:
+            victim = rng.choice(states)
+            try:
+                os.kill(victim.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            killed.append(f"worker of {victim.model} at step {victim.step}")
+    driver.wait(LONGEST_SECONDS)
+    return killed
+
+
+SCENARIOS: dict[str, Callable[..., list[str]]] = {"worker": kill_worker, "node": kill_node, "driver": kill_driver}
+
+
+def main() -> None:
+    """Run scenarios; exit code 1 if one ends otherwise than it should."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("scenarios", nargs="+", choices=[*SCENARIOS, "random"])
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="kill_cluster_"))
+    local = Training(STUDY, folder / "local")
+    assert local.start().wait() == 0, local.said
+    expected, right = hashes_of(local.run), True
+    print(f"local executor: {len(expected) // 2} dictionaries", flush=True)
+    with nodes() as cluster:
+        for scenario in options.scenarios:
+            training = Training(STUDY, folder / scenario, cluster.address)
+            if scenario == "random":
+                killed = kill_at_random(training, cluster, options.kills, options.seed)
+            else:
+                killed = SCENARIOS[scenario](training, cluster)
+            found = look_at(training, 0)
+            identical = found.hashes == expected
+            right = right and identical and not found.from_zero
+            print(f"\n{scenario}: {len(killed)} killed: {'; '.join(killed)}")
+            print(f"  went on: {', '.join(f'{name} from step {step}' for name, step in found.restarts) or 'nothing'}")
+            print(f"  from zero though there was a checkpoint: {', '.join(found.from_zero) or 'none'}")
+            print(f"  weights {'identical' if identical else 'DIFFERENT'}", flush=True)
+    if right:
+        shutil.rmtree(folder)
+    else:
+        raise SystemExit(f"kept: {folder}")
+
+
+if __name__ == "__main__":
+    main()
