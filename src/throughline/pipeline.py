@@ -15,7 +15,7 @@ from throughline.dictionaries import untrained_like
 from throughline.errors import InputError, ThroughlineError
 from throughline.executors.local import run_jobs, threads
 from throughline.features import describe_features
-from throughline.jobs import Job, Report, blocks_of, train_job, train_steps
+from throughline.jobs import Job, Report, train_job, train_steps
 from throughline.journals import check_extras
 from throughline.labelers import LayerText
 from throughline.models import check_layers, check_model, read_tokenizer
@@ -78,7 +78,7 @@ def train_models(session: Session, report: Report) -> None:
     if session.study.executor.kind == "ray":
         from throughline.executors import ray
 
-        ray.run_jobs(session, [block for job in jobs for block in blocks_of(session, job)], report)
+        ray.run_jobs(session, jobs, report)
         return
     with threads(session.study.executor.cpus):
         run_jobs(jobs, lambda job: _note_failure(session, job, report), name_of=lambda job: job.model)
