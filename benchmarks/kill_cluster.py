@@ -41,6 +41,7 @@ STUDY: dict[str, Any] = {
     "executor": {"cpus": 1},
 }
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
 LONGEST_SECONDS = 900.0
 
 
@@ -48,7 +49,7 @@ class Nodes:
     """A Ray cluster of a head without devices and nodes of one core each, every one with processes of its own."""
 
     def __init__(self, num: int = 2) -> None:
-        os.environ |= ENVIRONMENT | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        os.environ |= ENVIRONMENT | QUIET
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

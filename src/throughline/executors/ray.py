@@ -13,7 +13,9 @@ so it can be killed and started again.
 
 import logging
 import os
+import re
 import shutil
+import socket
 import sys
 import tempfile
 import traceback
@@ -35,6 +37,7 @@ from throughline.training import Progress
 from throughline.training.ranks import ALONE, Ranks
 
 POLL_SECONDS = 1.0
+KNOCK_SECONDS = 10.0
 SAME_REASON = 2  # times that a job may fail for it
 MOST_FAILURES = 4  # of a job's own, whatever the reasons
 MOST_LOSSES = 5  # of workers, one after another, without a step done in between: the job itself kills them
@@ -315,14 +318,29 @@ def _cluster(executor: ExecutorSpec, run: RunDir) -> Iterator[Any]:
     )
     with (run.root / "ray.log").open("a") as log, redirect_stdout(log):
         try:
+            _knock(executor.address)
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                where = f"the Ray cluster at {executor.address}" if executor.address else "Ray on this machine"
-                raise InputError(f"{where} cannot be reached: {next(iter(str(error).splitlines()), '')}") from error
+                raise _unreachable(executor.address, error) from error
             yield ray
         finally:
             sys.stdout.flush()
             ray.shutdown()
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _knock(address: str | None) -> None:
+    """InputError if nobody listens at HOST:PORT; Ray itself tries for minutes, and says so on the terminal."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address or "")
+    if found:
+        try:
+            socket.create_connection((found[1], int(found[2])), KNOCK_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str | None, error: Exception) -> InputError:
+    where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+    return InputError(f"{where} cannot be reached: {next(iter(str(error).splitlines()), '')}")
