@@ -68,7 +68,7 @@ class _Driver:
     def submit(self, job: Job) -> None:
         """Hand a job to Ray, for the first time or again."""
         self._attempts[job.name] += 1
-        attempt, root = self._attempts[job.name], str(self._session.run.root.resolve())
+        attempt, root = self._attempts[job.name], self._session.run.storage.absolute()
         options = self._resources | {"name": job.name}
         reference = self._task.options(**options).remote(root, job.model, job.layers, self._resources, attempt)
         self._jobs[reference] = job
