@@ -4,8 +4,8 @@ Every file is written to a temporary name, synced and renamed. A finished step i
 the checksums of its files, so that several processes can finish steps at once; a step whose files do not match them is reported
 and done again, never silently used. Likewise each job of training notes where it is in a file of its own in `progress/`.
 
-A run at a URL is worked on in a copy, which is then `root` (`mirror`): what is read through a RunDir is fetched first, what is written
-through it is sent.
+A run at a URL is worked on in a copy, which is then `root` (`mirror`): what is read through a RunDir is fetched first, what is
+written through it is sent.
 """
 
 import glob
