@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -41,7 +41,7 @@ STUDY = {
     "models": [{"path": "zoo/pythia", "layers": [0, 1]}],
     "data": {"path": "zoo/arithmetic", "context": 64},
     "dictionary": {"architecture": "topk", "d_sae": 64, "k": 8},
-    "training": {"tokens": 400_000, "batch_tokens": 64, "checkpoint_minutes": 0},
+    "training": {"tokens": 140_000, "batch_tokens": 64, "checkpoint_minutes": 0},
     "gate": {"max_l0_share": 1.0, "max_fvu": 1.0, "min_ce_recovered": 0.0, "max_dead": 1.0},
     "evaluation": {"tokens": 2000, "spliced_tokens": 600, "sample_tokens": 1000},
 }
@@ -66,10 +66,9 @@ def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[str] | N
 class FileUrl:
     """A folder as a URL."""
 
-    environment: dict[str, str] = {}
-
     def __init__(self, folder: Path) -> None:
         self._folder, self.url = folder, f"file://{folder}"
+        self.environment: dict[str, str] = {}
 
     def names(self) -> set[str]:
         """What lies there."""
@@ -179,6 +178,7 @@ class Machine:
         self._environment = os.environ | place.environment | one_thread | {"PYTHONPATH": path}
         self._environment["XDG_CACHE_HOME"] = str(cache)
         self.cache = cache
+        self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: object, patience: float = 60.0) -> "subprocess.Popen[str]":
         """A command that runs."""
@@ -186,9 +186,18 @@ class Machine:
             f"import throughline.mirror as m; m.PATIENCE_SECONDS = {patience}; from throughline.cli import main; main()"
         )
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        self._started.append(process)
+        return process
+
+    def stop(self) -> None:
+        """End what still runs, when a test has failed."""
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
     def run(self, *arguments: object) -> tuple[int, str, str]:
         """A command that ended: exit code, standard output and standard error."""
@@ -198,10 +207,23 @@ class Machine:
 
 
 @pytest.fixture
-def machine(request, tmp_path, place) -> Callable[[str], Machine]:
+def start_machine(tmp_path) -> Iterator[Callable[..., Machine]]:
+    """A machine of a name, for a place, with these libraries."""
+    with ExitStack() as stack:
+
+        def start(name: str, place: FileUrl | Bucket, libraries: str) -> Machine:
+            machine = Machine(tmp_path / "machines" / name, place, libraries)
+            stack.callback(machine.stop)
+            return machine
+
+        yield start
+
+
+@pytest.fixture
+def machine(request, start_machine, place) -> Callable[[str], Machine]:
     """A machine by name."""
     libraries = request.getfixturevalue("libraries") if isinstance(place, Bucket) else ""
-    return lambda name: Machine(tmp_path / "machines" / name, place, libraries)
+    return lambda name: start_machine(name, place, libraries)
 
 
 @pytest.fixture(scope="session")
@@ -309,10 +331,10 @@ class Wire(threading.Thread):
                 target.sendall(piece)
 
 
-def test_a_lost_network_stops_the_training_and_loses_nothing(server, libraries, study, expected, tmp_path):
+def test_a_lost_network_stops_the_training_and_loses_nothing(server, libraries, study, expected, start_machine):
     wire = Wire(server)
     place = Bucket(wire.address, f"bucket-{time.time_ns()}")
-    one = Machine(tmp_path / "one", place, libraries)
+    one = start_machine("one", place, libraries)
     process = one.start("train", study, "--out", place.url, "--device", "cpu", "--quiet", patience=1)
     wait_until(lambda: STATE in place.names(), process)
     wire.is_whole = False
@@ -328,9 +350,9 @@ def test_a_lost_network_stops_the_training_and_loses_nothing(server, libraries, 
 # ---- wrong URLs
 
 
-def test_wrong_buckets_are_refused(server, libraries, study, tmp_path):
+def test_wrong_buckets_are_refused(server, libraries, study, start_machine):
     bucket = Bucket(server, f"bucket-{time.time_ns()}")
-    with_s3, without = Machine(tmp_path / "a", bucket, libraries), Machine(tmp_path / "b", bucket, "")
+    with_s3, without = start_machine("one", bucket, libraries), start_machine("two", bucket, "")
     said = one_line(with_s3.run("train", study, "--out", "s3://nowhere/x", "--device", "cpu", "--quiet"), 2)
     assert "s3://nowhere/x cannot be used: The specified bucket does not exist" in said
     assert "run folder s3://nowhere/x does not exist" in one_line(with_s3.run("status", "s3://nowhere/x"), 2)
@@ -338,7 +360,7 @@ def test_wrong_buckets_are_refused(server, libraries, study, tmp_path):
         said = one_line(without.run("status", bucket.url), 2)
         assert "s3:// needs a library that is missing: pip install 'throughline[s3]'" in said
     bucket.address = f"http://127.0.0.1:{free_port()}"
-    said = one_line(Machine(tmp_path / "c", bucket, libraries).run("status", bucket.url), 2)
+    said = one_line(start_machine("three", bucket, libraries).run("status", bucket.url), 2)
     assert f"{bucket.url} cannot be reached: " in said
 
 
