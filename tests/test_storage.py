@@ -99,6 +99,7 @@ class Bucket:
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",  # or botocore, s3fs and ours try again, each within the other, for minutes
         }
 
     def names(self) -> set[str]:
@@ -115,7 +116,8 @@ class Bucket:
         self._ask(f"/runs/tiny/{name}", "PUT", content)
 
     def _ask(self, path: str, method: str = "GET", content: bytes | None = None) -> bytes:
-        headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
+        headers = {"Content-Type": "application/octet-stream"}
+        headers |= {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
         request = urllib.request.Request(f"{self.address}/{self._name}{path}", content, headers, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()
@@ -195,8 +197,8 @@ class Machine:
     def stop(self) -> None:
         """End what still runs, when a test has failed."""
         for process in self._started:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
+            if process.stdout and not process.stdout.closed:
                 process.communicate()
 
     def run(self, *arguments: object) -> tuple[int, str, str]:
@@ -290,9 +292,16 @@ def test_a_killed_training_goes_on_elsewhere_to_the_same_bits(place, machine, st
 
 
 def test_a_run_has_one_driver_and_a_block_one_worker(place, machine, study):
-    first = machine("one").start("train", study, "--out", place.url, "--device", "cpu", "--quiet", patience=1)
+    long = (
+        "--set",
+        "training.tokens=5_000_000",
+        "--device",
+        "cpu",
+        "--quiet",
+    )  # longer than a second driver takes to start
+    first = machine("one").start("train", study, "--out", place.url, *long, patience=1)
     wait_until(lambda: CLAIM in place.names(), first)
-    again = ("train", study, "--out", place.url, "--device", "cpu", "--resume", "--quiet")
+    again = ("train", study, "--out", place.url, *long, "--resume")
     assert f"run {place.url} is held by process {first.pid} on" in one_line(machine("two").run(*again), 1)
     assert first.poll() is None
     place.write(CLAIM, json.dumps({"token": "theirs", "host": "elsewhere", "pid": 7}).encode())
@@ -329,6 +338,9 @@ class Wire(threading.Thread):
         with suppress(OSError), closing(source), closing(target):
             while (piece := source.recv(2**16)) and self.is_whole:
                 target.sendall(piece)
+            for end in (source, target):  # closing alone would not wake the thread of the other direction
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_lost_network_stops_the_training_and_loses_nothing(server, libraries, study, expected, start_machine):
