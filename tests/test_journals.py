@@ -130,6 +130,6 @@ def test_journals_are_closed_when_training_fails(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(journals.JsonLines, "close", lambda self: (closed.append(self), close(self)))
     study = load_study(study_file(tmp_path, shared, "{}"))
     run = RunDir(tmp_path)
-    with pytest.raises(ZeroDivisionError), journals.open_journals(run, study, "s", 64):
+    with pytest.raises(ZeroDivisionError), journals.open_journals(run, study, "s", [0, 1], 64):
         raise ZeroDivisionError
     assert len(closed) == 1

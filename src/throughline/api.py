@@ -23,8 +23,6 @@ from throughline.study import DictionarySpec, Study, TrainingSpec, load_study
 
 if TYPE_CHECKING:
     from throughline.dictionaries import Dictionary
-
-if TYPE_CHECKING:
     from throughline.interop import ImportedDictionary
 
 Say = Callable[[str], None]

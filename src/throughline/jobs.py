@@ -161,15 +161,6 @@ def _specs(session: Session, spec: ModelSpec, layers: Sequence[int]) -> dict[int
     return {layer: session.study.dictionary_for(spec).at_layer(layer) for layer in layers}
 
 
-def blocks_of(session: Session, job: Job) -> list[Job]:
-    """A job in parts that can run beside each other: blocks that were begun, and runs of consecutive layers between them."""
-    begun = begun_blocks(session, job.model, job.layers)
-    left = [layer for layer in job.layers if not any(layer in block for block in begun)]
-    starts = [i for i, layer in enumerate(left) if i == 0 or layer != left[i - 1] + 1]
-    runs = [left[a:b] for a, b in zip(starts, [*starts[1:], len(left)], strict=True)]
-    return [Job(job.model, layers) for layers in [*begun, *runs]]
-
-
 def begun_blocks(session: Session, model: str, layers: Sequence[int]) -> list[list[int]]:
     """Blocks among these layers whose training was begun: only as they are can they go on from their checkpoints."""
     blocks, left = [], set(layers)

@@ -15,7 +15,7 @@ from throughline.dictionaries import untrained_like
 from throughline.errors import InputError, ThroughlineError
 from throughline.executors.local import run_jobs, threads
 from throughline.features import describe_features
-from throughline.jobs import Job, Report, blocks_of, train_job, train_steps
+from throughline.jobs import Job, Report, train_job, train_steps
 from throughline.journals import check_extras
 from throughline.labelers import LayerText
 from throughline.models import check_layers, check_model, read_tokenizer
@@ -78,7 +78,7 @@ def train_models(session: Session, report: Report) -> None:
     if session.study.executor.kind == "ray":
         from throughline.executors import ray
 
-        ray.run_jobs(session, [block for job in jobs for block in blocks_of(session, job)], report)
+        ray.run_jobs(session, jobs, report)
         return
     with threads(session.study.executor.cpus):
         run_jobs(jobs, lambda job: _note_failure(session, job, report), name_of=lambda job: job.model)
@@ -295,23 +295,25 @@ def _require_current(session: Session, name: str) -> None:
 def trace_prompts(session: Session, force: bool) -> None:
     """The study's own prompts, traced in every model and compared where there are several."""
     known = {(t.model, t.prompt) for t in session.run.traces()}
+    names = [spec.name for spec in session.study.models]
     for prompt in session.study.trace.prompts:
-        names = [spec.name for spec in session.study.models]
-        if all((name, prompt) in known for name in names) and not _is_stale(session):
+        step = _trace_step(session, prompt)
+        if all((name, prompt) in known for name in names) and _is_done(session, step):
             continue
         session.say(f"tracing {prompt!r}")
-        if len(names) > 1 and "matching" in session.study.transfer.metrics:
-            compare(session, prompt, force=force)
-        else:
-            for name in names:
-                trace(session, prompt, name, force)
+        with session.run.step(*step):  # a user's own trace of the prompt may replace the files later, so none is noted
+            if len(names) > 1 and "matching" in session.study.transfer.metrics:
+                compare(session, prompt, force=force)
+            else:
+                for name in names:
+                    trace(session, prompt, name, force)
 
 
-def _is_stale(session: Session) -> bool:
-    """True if labels or matrices were made after the traces."""
-    made = [session.run.root / f"traces/{f.name}" for f in (session.run.root / "traces").glob("*.json")]
-    manifest = session.run.root / "manifest.json"
-    return not made or min(f.stat().st_mtime for f in made) < manifest.stat().st_mtime
+def _trace_step(session: Session, prompt: str) -> tuple[str, str]:
+    study, models = session.study, session.study.models
+    made_from = [step(session, spec)[1] for spec in models for step in (_features_step, _label_step)]
+    settings = [study.features.bar, study.trace.features, study.trace.answer_tokens, study.transfer.model_dump()]
+    return f"trace/{digest_key(prompt)}", digest_key(made_from, settings, session.run.info().forced)
 
 
 def _is_done(session: Session, step: tuple[str, str]) -> bool:

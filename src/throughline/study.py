@@ -251,19 +251,20 @@ class TraceSpec(Section):
 
 
 class ExecutorSpec(Section):
-    """Where training runs; changes no result but for `cpus`, whose number may change the last digits."""
+    """Where training runs; changes no result but for `cpus` and `devices`, whose numbers may change the last digits."""
 
     kind: Literal["local", "ray"] = "local"
-    address: str | None = (
-        None  # of a Ray cluster (auto, HOST:6379, ray://HOST:10001); none: one is started on this machine
-    )
+    # of a Ray cluster (auto, HOST:6379, ray://HOST:10001); none: one is started on this machine
+    address: str | None = None
     cpus: int | None = Field(default=None, ge=1)  # threads of a job; none: all (local), 1 (ray)
     gpus: float | None = Field(default=None, ge=0)  # of a job (ray); none: 1 where there are any
+    # that train one block together (ray); none: 1, but more where GPUs outnumber the layers that are left
+    devices: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _no_address_of_nothing(self) -> Self:
-        if self.kind == "local" and (self.address is not None or self.gpus is not None):
-            raise ValueError("address and gpus are Ray's; set kind: ray")
+    def _no_cluster_here(self) -> Self:
+        if self.kind == "local" and any(value is not None for value in (self.address, self.gpus, self.devices)):
+            raise ValueError("address, gpus and devices are Ray's; set kind: ray")
         return self
 
 

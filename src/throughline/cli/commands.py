@@ -152,7 +152,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="look again every other second, until nothing runs")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What each device does, and which layers are done, running, waiting or failed."""
+    """What each device does, and the state of every layer."""
     from throughline import api
     from throughline.cli import live, render
 

@@ -1,10 +1,11 @@
 """Jobs on Ray: on this machine, or on a cluster. Ray places them and says when a worker or a node is lost.
 
 1. connect to the cluster, or start one here; nothing of it reaches the terminal
-2. submit every job; Ray gives each the devices it asks for, a process of its own, and the first free node
-3. a job whose worker died is submitted again and goes on from its last checkpoint, wherever it lands
-4. a job that fails twice for the same reason of its own is noted as failed; the others go on
-5. at the end, also after Ctrl-C, everything that was started here is shut down
+2. measure a device of each kind, and divide the layers into blocks for them as the planner does
+3. submit every block; Ray gives each the devices it asks for, processes of its own, and the first free node that will do
+4. a job whose worker died is submitted again and goes on from its last checkpoint, wherever it lands
+5. a job that fails twice for the same reason of its own is noted as failed; the others go on
+6. at the end, also after Ctrl-C, everything that was started here is shut down
 
 What workers write lies under the storage root: dictionaries, checkpoints, and notes of where they are. The driver only reads these,
 so it can be killed and started again.
@@ -23,26 +24,39 @@ from pathlib import Path
 from typing import Any
 
 from throughline.errors import InputError, ThroughlineError, TrainingError
+from throughline.executors.placing import Node, PlacedJob, Wanted, place_jobs, size_of_teams, teams, wanted_of
 from throughline.jobs import Job, Report, train_job
 from throughline.progress import JobNotes
-from throughline.records import JobState
+from throughline.records import JobState, PlannedDevice
 from throughline.run_dir import RunDir
 from throughline.session import Session
 from throughline.study import ExecutorSpec
 from throughline.training import Progress
+from throughline.training.ranks import ALONE, Ranks
 
 POLL_SECONDS = 1.0
 SAME_REASON = 2  # times that a job may fail for it
 MOST_FAILURES = 4  # of a job's own, whatever the reasons
 MOST_LOSSES = 5  # of workers, one after another, without a step done in between: the job itself kills them
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
+CARD = "accelerator_type:"  # how the resource begins that names a node's GPUs
 
 
 def run_jobs(session: Session, jobs: Sequence[Job], report: Report) -> None:
-    """Do every job. TrainingError names those that failed, when all others are done."""
+    """Do every job. TrainingError names those that failed, when all others are done; InputError if the cluster has no room."""
     with _cluster(session.study.executor, session.run) as ray:
-        driver = _Driver(ray, session, report)
-        for job in jobs:
+        nodes = _nodes(ray)
+        wanted = wanted_of(session.study.executor, nodes)
+        size = size_of_teams(session.study.executor, wanted, nodes, sum(len(job.layers) for job in jobs))
+        kinds = {node.kind: node for node in nodes if wanted.slots(node)}
+        session.say(f"measuring a device of {' and of '.join(kinds)}")
+        measured = {kind: _measure(ray, session, wanted, [n for n in nodes if n.kind == kind]) for kind in kinds}
+        devices = teams(nodes, wanted, size, measured)
+        placed = place_jobs(session, jobs, devices, {kind: node.card for kind, node in kinds.items()})
+        each = f", {size} devices each" if size > 1 else ""
+        session.say(f"{len(placed)} jobs{each}, room for {len(devices)} at once on {len(nodes)} nodes")
+        driver = _Driver(ray, session, wanted, size, report)
+        for job in placed:
             driver.submit(job)
         driver.wait()
     if driver.failed:
@@ -52,26 +66,31 @@ def run_jobs(session: Session, jobs: Sequence[Job], report: Report) -> None:
 class _Driver:
     """Jobs that Ray has, how often each was tried, and why it failed."""
 
-    def __init__(self, ray: Any, session: Session, report: Report) -> None:
+    def __init__(self, ray: Any, session: Session, wanted: Wanted, size: int, report: Report) -> None:
         self._ray, self._session, self._report = ray, session, report
-        self._executor = session.study.executor
-        self._resources = _resources(ray, self._executor)
+        self._wanted, self._size = wanted, size
         # a worker of its own for each job: what it held, memory of a device included, is free when it is done
-        self._task = ray.remote(max_retries=0, max_calls=1)(_train)
-        self._jobs: dict[Any, Job] = {}
+        self._task = ray.remote(max_retries=0, max_calls=1)(_train if size == 1 else _train_together)
+        self._jobs: dict[Any, PlacedJob] = {}
         self._attempts: dict[str, int] = defaultdict(int)
         self._reasons: dict[str, list[str]] = defaultdict(list)
         self._losses: dict[str, list[int]] = defaultdict(list)  # steps at which workers were lost
         self._seen: dict[str, float] = {}
         self.failed: list[tuple[Job, str]] = []
 
-    def submit(self, job: Job) -> None:
+    def submit(self, placed: PlacedJob) -> None:
         """Hand a job to Ray, for the first time or again."""
+        job, root = placed.job, self._session.run.storage.absolute()
         self._attempts[job.name] += 1
-        attempt, root = self._attempts[job.name], self._session.run.storage.absolute()
-        options = self._resources | {"name": job.name}
-        reference = self._task.options(**options).remote(root, job.model, job.layers, self._resources, attempt)
-        self._jobs[reference] = job
+        given = (root, job.model, job.layers, self._attempts[job.name], self._wanted)
+        options: dict[str, Any] = {"name": job.name, "num_cpus": 0}
+        if self._size == 1:
+            options |= {"num_cpus": self._wanted.cpus, "num_gpus": self._wanted.gpus, "accelerator_type": placed.card}
+            options |= {"memory": placed.memory_bytes} if placed.memory_bytes else {}
+            reference = self._task.options(**options).remote(*given)
+        else:
+            reference = self._task.options(**options).remote(*given, self._size, placed.card)
+        self._jobs[reference] = placed
 
     def wait(self) -> None:
         """Until every job is done or has failed."""
@@ -81,43 +100,45 @@ class _Driver:
             for reference in done:
                 self._finish(self._jobs.pop(reference), reference)
 
-    def _finish(self, job: Job, reference: Any) -> None:
+    def _finish(self, placed: PlacedJob, reference: Any) -> None:
         lost = self._ray.exceptions
         try:
             said, failure = self._ray.get(reference)
         except (lost.WorkerCrashedError, lost.NodeDiedError, lost.ObjectLostError, lost.RaySystemError) as error:
-            self._lose(job, error)
+            self._lose(placed, type(error).__name__)
             return
         except lost.OutOfMemoryError as error:
-            self._fail(job, f"its node ran out of memory ({str(error).splitlines()[0]})")
+            self._fail(placed, f"its node ran out of memory ({str(error).splitlines()[0]})")
             return
         for line in said:
             self._session.say(line)
-        if failure:
-            self._fail(job, failure)
+        if isinstance(failure, Lost):
+            self._lose(placed, failure)
+        elif failure:
+            self._fail(placed, failure)
 
-    def _lose(self, job: Job, error: Exception) -> None:
+    def _lose(self, placed: PlacedJob, how: str) -> None:
         """A worker died: the job goes on elsewhere, unless it seems to kill its workers."""
+        job = placed.job
         step = max((state.step for state in self._states(job)), default=0)
         self._losses[job.name].append(step)
         recent = self._losses[job.name][-MOST_LOSSES:]
         if len(recent) == MOST_LOSSES and len(set(recent)) == 1:
             self._give_up(job, f"its worker died {MOST_LOSSES} times at step {step}; does the job fit into memory?")
             return
-        self._session.say(
-            f"{job.name}: its worker was lost at step {step:,} ({type(error).__name__}); it goes on elsewhere"
-        )
-        self.submit(job)
+        self._session.say(f"{job.name}: its worker was lost at step {step:,} ({how}); it goes on elsewhere")
+        self.submit(placed)
 
-    def _fail(self, job: Job, reason: str) -> None:
+    def _fail(self, placed: PlacedJob, reason: str) -> None:
         """The job failed of its own: tried once more, in case that it was not its own after all."""
+        job = placed.job
         reasons = self._reasons[job.name]
         reasons.append(reason)
         if reasons.count(reason) >= SAME_REASON or len(reasons) >= MOST_FAILURES:
             self._give_up(job, reason)
             return
         self._session.say(f"{job.name}: {reason}; it is tried once more")
-        self.submit(job)
+        self.submit(placed)
 
     def _give_up(self, job: Job, reason: str) -> None:
         self.failed.append((job, reason))
@@ -140,20 +161,27 @@ class _Driver:
                 self._report(Progress(**measured))
 
 
+# ---- on workers
+
+
+class Lost(str):
+    """How a worker was lost, where that is no failure of the job's own."""
+
+
 def _train(
-    root: str, model: str, layers: list[int], resources: dict[str, float], attempt: int
+    root: str, model: str, layers: list[int], attempt: int, wanted: Wanted, ranks: Ranks = ALONE
 ) -> tuple[list[str], str | None]:
-    """On a worker: train one job. What it had to say, and why it failed, if it did."""
+    """Train one job. What it had to say, and why it failed, if it did."""
     import ray
     import torch
 
     said: list[str] = []
     try:
-        torch.set_num_threads(max(1, int(resources["num_cpus"])))
+        torch.set_num_threads(max(1, int(wanted.cpus)))
         gpus = ray.get_gpu_ids()
         session = Session(RunDir.open(root), "cuda" if gpus else "cpu", said.append)
         session.device_name = f"cuda:{','.join(map(str, gpus))}" if gpus else f"cpu of process {os.getpid()}"
-        train_job(session, Job(model, layers), lambda progress: None, attempt)
+        train_job(session, Job(model, layers), lambda progress: None, attempt, ranks)
     except ThroughlineError as error:
         return said, str(error)
     except OSError as error:
@@ -164,19 +192,106 @@ def _train(
     return said, None
 
 
-def _resources(ray: Any, executor: ExecutorSpec) -> dict[str, float]:
-    """What each job asks Ray for; TrainingError if no node has it, since Ray would wait for one for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = executor.gpus if executor.gpus is not None else float(any(node.get("GPU") for node in nodes))
-    wanted = {"num_cpus": float(executor.cpus or 1), "num_gpus": gpus}
-    has = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    if not any(all(node.get(has[name], 0) >= amount for name, amount in wanted.items()) for node in nodes):
-        largest = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
-        raise InputError(
-            f"a job asks for {wanted['num_cpus']:g} cpus and {gpus:g} gpus, but no node has them; the largest of "
-            f"{len(nodes)} has {largest.get('CPU', 0):g} and {largest.get('GPU', 0):g}; set executor.cpus or executor.gpus lower"
-        )
-    return wanted
+def _train_together(
+    root: str, model: str, layers: list[int], attempt: int, wanted: Wanted, size: int, card: str | None
+) -> tuple[list[str], str | None]:
+    """Train one job on `size` devices, of which each computes a share of every batch. As `_train`."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    kept = tempfile.mkdtemp(prefix="tl-")  # Ray Train writes down there that it ran
+    heard = ray.remote(num_cpus=0)(_Heard).remote()
+    given = {"root": root, "model": model, "layers": layers, "attempt": attempt, "wanted": wanted, "heard": heard}
+    trainer = TorchTrainer(
+        _train_rank,
+        train_loop_config=given,
+        torch_config=TorchConfig(backend="nccl" if wanted.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=size,
+            use_gpu=wanted.gpus > 0,
+            resources_per_worker={"CPU": wanted.cpus} | ({"GPU": wanted.gpus} if wanted.gpus else {}),
+            accelerator_type=card,
+        ),
+        run_config=RunConfig(storage_path=kept, failure_config=FailureConfig(max_failures=0)),
+    )
+    try:
+        trainer.fit()
+        return ray.get(heard.said.remote()), None
+    except TrainingFailedError as error:
+        reasons = list(getattr(error, "worker_failures", {}).values())
+        lost = next((reason for reason in reasons if isinstance(reason, RayError)), None)
+        return [], Lost(type(lost).__name__) if lost else str(next(iter(reasons), error)).strip()
+    finally:
+        shutil.rmtree(kept, ignore_errors=True)
+
+
+class _Heard:
+    """What the first of the workers of a job has to say; Ray Train's own results are measures."""
+
+    def __init__(self) -> None:
+        self._said: list[str] = []
+
+    def hear(self, said: list[str]) -> None:
+        self._said += said
+
+    def said(self) -> list[str]:
+        return self._said
+
+
+def _train_rank(given: dict[str, Any]) -> None:
+    """On each of the workers of a job, between which Ray Train has opened a process group."""
+    import ray
+    from ray.train.torch import get_device
+
+    from throughline.training.processes import Processes
+
+    heard, ranks = given["heard"], Processes(str(get_device()))
+    said, failure = _train(**{name: value for name, value in given.items() if name != "heard"}, ranks=ranks)
+    if failure:  # the other ranks wait for this one: Ray Train ends them when it raises
+        raise TrainingError(failure)
+    if ranks.rank == 0:
+        ray.get(heard.hear.remote(said))
+
+
+# ---- the cluster
+
+
+def _nodes(ray: Any) -> list[Node]:
+    """The machines that the cluster has now."""
+    nodes = []
+    for found in ray.nodes():
+        has = found["Resources"]
+        card = next((name.removeprefix(CARD) for name in has if name.startswith(CARD)), None)
+        if found["Alive"]:
+            nodes.append(Node(found["NodeID"], has.get("CPU", 0), has.get("GPU", 0), int(has.get("memory", 0)), card))
+    return nodes
+
+
+def _measure(ray: Any, session: Session, wanted: Wanted, alike: Sequence[Node]) -> PlannedDevice:
+    """A device of nodes that are alike: memory and rates. TrainingError if all of them are lost meanwhile."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(max_calls=1)(_measure_here)
+    for node in alike:
+        there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        options = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "scheduling_strategy": there}
+        try:
+            return ray.get(task.options(**options).remote(session.study.training.precision, wanted.cpus))
+        except ray.exceptions.RayError:
+            continue
+    raise TrainingError(f"no node of {len(alike)} with {alike[0].kind} answers")
+
+
+def _measure_here(precision: str, cpus: float) -> PlannedDevice:
+    """On a worker: its device."""
+    import torch
+
+    from throughline.planning.calibration import find_devices
+
+    torch.set_num_threads(max(1, int(cpus)))
+    return find_devices(precision)[0]
 
 
 @contextmanager

@@ -3,9 +3,11 @@
     log lambda += gain * sqrt(lr_factor) * e + DAMPING * (e - e of the step before)        e = log(L0 / target)
 
 L0 is a running mean over batches. The first term finds the coefficient; the second keeps it from swinging around it while the
-weights are still on their way (a PI controller in its velocity form). It begins while the penalty still grows: one that starts far
-too strong would leave so few features that L0 takes half the run to come back. It slows down with the learning rate, as the weights
-that it steers do. Layers do not see one another.
+weights are still on their way (a PI controller in its velocity form). It slows down with the learning rate, as the weights that it
+steers do. Layers do not see one another.
+
+While the penalty still grows, the coefficient is lowered only: one that starts far too strong would leave so few features that L0
+takes half the run to come back, and to raise it because the weak penalty has not yet worked would kill features for good.
 
 Thresholds (jumprelu) and biases (relu) answer to the penalty too late once the learning rate is low. In the last tenth of the run
 they are moved directly, all of a layer alike, by what `trim` returns: the logarithm of a factor for thresholds.
@@ -17,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FROM_SHARE = 0.02  # of the run
+LOWERED_FROM_SHARE, RAISED_FROM_SHARE = 0.02, 0.1  # of the run; the latter is the penalty's own warm-up
 DAMPING = 2.0
 GAIN = 120.0  # a run, spread over its steps
 FASTEST = 0.1  # per step, in short runs
@@ -46,11 +48,14 @@ class SparsityController:
         before_L = self._error()
         rate = max(1 / (step + 1), min(1.0, 1 / (MEAN_OVER * num_steps)))
         self.log_l0_L += rate * (l0_L.clamp_min(1e-3).log() - self.log_l0_L)
-        if step < FROM_SHARE * num_steps:
+        if step < LOWERED_FROM_SHARE * num_steps:
             return
         gain = min(FASTEST, GAIN / num_steps) * lr_factor**0.5
         error_L = self._error()
-        self.penalty_L *= (gain * error_L + DAMPING * (error_L - before_L)).nan_to_num(0.0).exp()
+        change_L = gain * error_L + DAMPING * (error_L - before_L)
+        if step < RAISED_FROM_SHARE * num_steps:
+            change_L = change_L.clamp_max(0.0)
+        self.penalty_L *= change_L.nan_to_num(0.0).exp()
 
     def trim(self, step: int, num_steps: int) -> Float[Tensor, "L"]:
         """How far, in logarithms, thresholds are to rise after this step; 0 before the last tenth and without a target."""
