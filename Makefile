@@ -4,6 +4,7 @@
 # make docs    write the generated parts of docs/ anew
 # make bench   ours and the peers' trainings in turn, and how cost grows; on a quiet machine
 # make peers   other projects' libraries, apart from ours, to test files against
+# make s3      a client and a server of S3, apart from ours, to test runs at s3:// with
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadgroup
@@ -13,7 +14,7 @@ STAMP := .venv/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint types docs peers bench clean
+.PHONY: setup demo test lint types docs peers s3 bench clean
 
 setup: $(STAMP)
 
@@ -53,6 +54,18 @@ $(PEERS_STAMP): tests/peers/requirements.txt
 	  2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 \
 	  2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
+	@touch $@
+
+# A folder for PYTHONPATH. Pins are ours but for one, which tests/s3/requirements.txt names.
+S3 := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/throughline/s3
+S3_STAMP := $(S3)/.installed
+
+s3: $(S3_STAMP)
+
+$(S3_STAMP): tests/s3/requirements.txt $(STAMP)
+	@rm -rf $(S3)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(S3) -r $< \
+	  -c <(grep -v '^python-dateutil==' constraints.txt) 2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
 	@touch $@
 
 # The benches are a GPT-2 with random weights and a small trained Llama, with tokens of stories; `SHARED` has what makes them.

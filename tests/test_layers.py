@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "throughline"
 # From the bottom up; docs/architecture.md has the same table in words. A part may import its own layer's parts only where
 # ALLOWED_BESIDE says so.
 LAYERS = (
-    {"errors", "registry", "study", "records", "files", "claims", "run_dir", "progress", "zoo"},
+    {"errors", "registry", "study", "records", "files", "storage", "mirror", "claims", "run_dir", "progress", "zoo"},
     {"text", "tokens", "models", "dictionaries"},
     {"harvesting", "codes"},
     {"training", "quality", "features", "labelers", "transfer", "tracing", "comparing", "analyzing", "zoo.training"},
@@ -28,6 +28,8 @@ TORCH_FREE = {
     "registry",
     "study",
     "records",
+    "storage",
+    "mirror",
     "run_dir",
     "progress",
     "text",

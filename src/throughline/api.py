@@ -1,7 +1,7 @@
 """Every command as a Python function of the same name and arguments.
 
-Functions that compute take a run folder (or a study file to start from), a device, and `say`, which receives a line of news now
-and then. They return records; nothing is printed.
+Functions that compute take a run (its folder, or its URL as a string) or a study file to start from, a device, and `say`, which
+receives a line of news now and then. They return records; nothing is printed.
 """
 
 import re
@@ -381,29 +381,29 @@ def status(run: str | Path | RunDir) -> dict[str, Any]:
     return read_status(run if isinstance(run, RunDir) else RunDir.open(run))
 
 
-def folder_of(study: Study, out: str | Path | None) -> Path:
+def place_of(study: Study, out: str | Path | None) -> str | Path:
     """Where a study's run lies: `out`, or runs/<name>."""
-    return Path(out) if out else Path("runs") / study.name
+    return out or Path("runs") / study.name
 
 
 @contextmanager
 def _begin(study: Study, out: str | Path | None, resume: bool, device: str | None, say: Say) -> Iterator[Any]:
     """A session of the study's run, held while the block runs; nothing is written before all that can be checked is right."""
-    folder = folder_of(study, out)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder with --out")
-    if folder.exists() and any(file.name != DRIVER for file in folder.iterdir()):
-        if not (folder / "run.json").exists():
-            raise InputError(f"{folder} is not empty and not a run folder; give another with --out")
+    place = place_of(study, out)
+    storage = RunDir(place).storage
+    storage.require_folder()
+    if any(name != DRIVER for name in storage.children()):
+        if not storage.has("run.json"):
+            raise InputError(f"{place} is not empty and not a run folder; give another with --out")
         if not resume:
-            raise InputError(f"{folder} holds a run already; continue it with --resume, or give another with --out")
+            raise InputError(f"{place} holds a run already; continue it with --resume, or give another with --out")
     from throughline.pipeline import check_study
     from throughline.session import Session
 
     chosen = choose_device(device)
     depths = check_study(study)
-    with RunDir(folder).held():
-        run = RunDir.create(folder, study)
+    with RunDir(place).held():
+        run = RunDir.create(place, study)
         run.update_info(random_weights=[spec.name for spec in study.models if spec.weights == "random"], depths=depths)
         yield Session(run, chosen, say)
 
@@ -433,7 +433,7 @@ def _require_trained(session: Any) -> None:
             missing.append(spec.name if len(left) == len(wanted) else f"{spec.name} (layers {', '.join(left)})")
     if missing:
         raise InputError(
-            f"{', '.join(missing)} not trained yet; `throughline train STUDY --out {session.run.root} --resume` does it"
+            f"{', '.join(missing)} not trained yet; `throughline train STUDY --out {session.run.place} --resume` does it"
         )
 
 

@@ -4,6 +4,8 @@ A run is held by one driver: a second one is refused while the first lives. A jo
 a worker is thought dead and its job given to another, the first one, should it still live, finds at its next write that the
 claim is no longer its own and stops. Between looking and writing another may take it; both would then write the same bits, since
 training is a function of study and seed, and each file takes its place at once.
+
+Claims lie where the run does, at its URL if it has one (`storage.Slot`), so that processes which share nothing else see them.
 """
 
 import json
@@ -12,63 +14,75 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 from uuid import uuid4
 
-from throughline.errors import HeldError, TrainingError
-from throughline.files import replacing
+from throughline.errors import HeldError, ThroughlineError, TrainingError
+from throughline.storage import Slot, hurried
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # without a beat, after which a holder on another machine is taken to be gone
 
 
-@dataclass(frozen=True)
 class Claim:
     """This process's claim on the layers of a job."""
 
-    path: Path
-    token: str
+    def __init__(self, slot: Slot, token: str) -> None:
+        self._slot, self._token, self._looked = slot, token, time.monotonic()
 
     def check(self) -> None:
         """Raise TrainingError if another process has taken it since."""
-        found = _read(self.path)
-        if found.get("token") != self.token:
-            raise TrainingError(f"{self.path.parent.name} was given to {_who(found)}; this process stops")
+        found = _read(self._slot)
+        if found.get("token") != self._token:
+            raise TrainingError(f"{self._slot.path.parent.name} was given to {_who(found)}; this process stops")
+        self._looked = time.monotonic()
+
+    def glance(self) -> None:
+        """The same for who asks all the time: where looking takes long, every few seconds."""
+        if time.monotonic() - self._looked >= self._slot.seconds:
+            self.check()
 
 
-def take(path: Path) -> Claim:
+def take(slot: Slot) -> Claim:
     """A claim that outdoes all earlier ones."""
-    return Claim(path, _write(path)["token"])
+    mine = _new_claim()
+    _write(slot, mine)
+    return Claim(slot, mine["token"])
 
 
 @contextmanager
-def hold(path: Path, what: str) -> Iterator[None]:
+def hold(slot: Slot, what: str) -> Iterator[None]:
     """Hold `what` alone: HeldError says who has it. Let go at the end; a process that was killed holds nothing."""
-    found = _read(path)
+    found, mine = _read(slot), _new_claim()
     if _is_alive(found):
         raise HeldError(f"{what} is held by {_who(found)}; wait for it, or stop it")
-    mine = _write(path)
-    if _read(path).get("token") != mine["token"]:  # another came at the same moment
-        raise HeldError(f"{what} is held by {_who(_read(path))}; wait for it, or stop it")
-    with beating(lambda: _write(path, mine)):
+    if found:
+        _write(slot, mine)
+    elif not slot.create(_text_of(mine)):
+        raise HeldError(f"{what} is held by {_who(_read(slot))}; wait for it, or stop it")
+    slot.settle()
+    found = _read(slot)
+    if found.get("token") != mine["token"]:  # another came at the same moment
+        raise HeldError(f"{what} is held by {_who(found)}; wait for it, or stop it")
+    with beating(lambda: _renew(slot, mine)):
         try:
             yield
         finally:
-            if _read(path).get("token") == mine["token"]:
-                path.unlink(missing_ok=True)
+            with suppress(ThroughlineError), hurried():  # if the network is lost, the claim ends with this process
+                if _read(slot).get("token") == mine["token"]:
+                    slot.remove()
 
 
 @contextmanager
 def beating(beat: Callable[[], Any], seconds: float = BEAT_SECONDS) -> Iterator[None]:
-    """`beat` every few seconds from a thread, while the block runs; a beat that fails for want of a disk is left out."""
+    """`beat` every few seconds from a thread, while the block runs; a beat that fails for want of a disk or network is left out."""
     over = Event()
 
     def run() -> None:
         while not over.wait(seconds):
-            with suppress(OSError):
+            with suppress(OSError, ThroughlineError), hurried():
                 beat()
 
     thread = Thread(target=run, daemon=True)
@@ -80,22 +94,33 @@ def beating(beat: Callable[[], Any], seconds: float = BEAT_SECONDS) -> Iterator[
         thread.join()
 
 
-def _write(path: Path, claim: dict[str, Any] | None = None) -> dict[str, Any]:
-    claim = claim or {
+def _new_claim() -> dict[str, Any]:
+    return {
         "token": uuid4().hex,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "born": _born(os.getpid()),
     }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(claim | {"beat": time.time()}))
-    return claim
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _text_of(claim: dict[str, Any]) -> str:
+    return json.dumps(claim | {"beat": time.time()})
+
+
+def _write(slot: Slot, claim: dict[str, Any]) -> None:
+    slot.write(_text_of(claim))
+
+
+def _renew(slot: Slot, mine: dict[str, Any]) -> None:
+    """A sign of life; none over the claim of another, who took this process to be gone."""
+    if _read(slot).get("token") == mine["token"]:
+        _write(slot, mine)
+
+
+def _read(slot: Slot) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(slot.read())
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

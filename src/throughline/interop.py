@@ -71,7 +71,7 @@ def import_dictionary(session: Session, path: Path, model: str | None, layer: in
         names = save_dictionary(dictionary, run.layer_folder(spec.name, layer), x_ND[:PROBE_TOKENS])
         files += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
     run.forget(f"evaluate/{spec.name}")
-    (run.layer_folder(spec.name, layer) / "quality.json").unlink(missing_ok=True)
+    run.storage.remove(f"{run.layer_name(spec.name, layer)}/quality.json")
     x_hat_ND = dictionary.reconstruct(x_ND)
     return ImportedDictionary(
         spec.name,
@@ -167,7 +167,7 @@ def _load(run: RunDir, name: str, layers: list[int] | None, to: str) -> dict[int
     if missing or not trained:
         have = f"trained are {', '.join(map(str, trained))}" if trained else "none is trained"
         which = f"layer {missing[0]} of {name}" if missing else f"{name}"
-        raise InputError(f"{which} has no dictionary in {run.root}; {have}; `throughline train` makes them")
+        raise InputError(f"{which} has no dictionary in {run.place}; {have}; `throughline train` makes them")
     found = {}
     for layer in trained if layers is None else layers:
         run.check(f"train/{name}/{layer}")
@@ -181,7 +181,7 @@ def _require_quality(run: RunDir, missing: dict[str, list[int]]) -> None:
         if layers:
             raise InputError(
                 f"layer {layers[0]} of {name} is not evaluated, and the model card has a table of quality; "
-                f"`throughline evaluate {run.root}` makes it"
+                f"`throughline evaluate {run.place}` makes it"
             )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from throughline.claims import Claim, take
+from throughline.claims import Claim
 from throughline.dictionaries import save_dictionary
 from throughline.errors import InputError
 from throughline.harvesting import TextSource, tokens_of_a_pass
@@ -37,7 +37,6 @@ from throughline.training.precision import harvests_in_bfloat16
 from throughline.training.ranks import ALONE, Ranks
 from throughline.training.sources import ActivationSource
 
-CLAIM = "claim.json"  # beside a block's checkpoint
 PROBE_TOKENS = 16
 MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
 TOKENS_COUNTED_AT_ONCE = 4096
@@ -119,12 +118,13 @@ def _train_block(
     steps = train_steps(session, spec)
     folder = run.checkpoint_folder(spec.name, layers)
     key = digest_key(*(steps[layer][1] for layer in layers))
-    claim = take(folder / CLAIM)
-    checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say, claim.check)
+    claim = run.take(spec.name, layers)
+    sent = partial(run.push_checkpoint, spec.name, layers)
+    checkpoints = Checkpoints(folder, key, study.training.checkpoint_minutes, session.say, claim.check, sent)
     notes = JobNotes(run, spec.name, layers, session.device_name, attempt)
     with (
         notes.kept_fresh(),
-        run.steps(dict(steps[layer] for layer in layers)) as files,
+        run.steps(dict(steps[layer] for layer in layers), claim.check) as files,
         open_journals(run, study, spec.name, layers, training.batch_tokens) as journals,
     ):
         source = _activations(session, spec, layers, training, keep=ranks.size == 1)
@@ -146,7 +146,7 @@ def _train_block(
             dictionary.metadata.update(place_of(session, spec, layer) | _training_facts(session, spec))
             names = save_dictionary(dictionary, run.layer_folder(spec.name, layer), probe[column])
             files[steps[layer][0]] += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
-    shutil.rmtree(folder, ignore_errors=True)  # the checkpoint, and activations that were kept
+    run.remove_checkpoint(spec.name, layers)
     run.forget_job(spec.name, layers)
 
 
@@ -287,7 +287,7 @@ def _keep_progress(
     notes: JobNotes, claim: Claim, journals: Sequence[Journal], report: Report, progress: Progress
 ) -> None:
     """Report a training's progress, write it down, and keep the latest for `throughline status`."""
-    claim.check()
+    claim.glance()
     notes.note(**{name: value for name, value in asdict(progress).items() if name not in ("model", "layers")})
     for journal in journals:
         journal.write(progress)

@@ -23,6 +23,7 @@ from throughline.study import Study
 from throughline.training import Progress
 
 MEASURES = ("loss", "l0", "fvu", "dead")
+TENSORBOARD = "tensorboard"  # folder of a run
 
 
 class Journal(Protocol):
@@ -53,12 +54,15 @@ def open_journals(
         journals: list[Journal] = [JsonLines(run.journal(model, layers), batch_tokens)]
         stack.callback(journals[0].close)
         if study.logging.tensorboard:
-            journals.append(TensorBoard(run.root / "tensorboard" / run.model_folder(model).name))
+            journals.append(TensorBoard(run.root / TENSORBOARD / run.model_folder(model).name))
             stack.callback(journals[-1].close)
         if study.logging.wandb is not None:
             journals.append(WeightsAndBiases(run.root, study, f"{model} {span(layers)}"))
             stack.callback(journals[-1].close)
         yield journals
+    run.push_journal(model, layers)
+    if study.logging.tensorboard:
+        run.storage.push_folder(TENSORBOARD)
 
 
 class JsonLines:

@@ -288,7 +288,7 @@ def _require_current(session: Session, name: str) -> None:
         if step in manifest and manifest[step].key != key:
             raise InputError(
                 f"{step} of this run was made from other settings than its study has now; "
-                f"`throughline run STUDY --out {session.run.root} --resume` makes it again"
+                f"`throughline run STUDY --out {session.run.place} --resume` makes it again"
             )
 
 

@@ -35,9 +35,9 @@ class JobNotes:
             yield
 
     def note(self, **measured: Any) -> None:
-        """Where the job is now."""
+        """Where the job is now. What it measured reaches a run at a URL with the next beat: training does not wait for it."""
         self._state = self._state.model_copy(update=measured | {"at": time.time()})
-        self._run.note_job(self._state)
+        self._run.note_job(self._state, at_once=not measured or "failed" in measured)
 
 
 def read_status(run: RunDir) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def read_status(run: RunDir) -> dict[str, Any]:
     running = [state for state, name in jobs if name == "running"]
     return {
         "name": study.name,
-        "folder": str(run.root),
+        "folder": run.place,
         "forced": info.forced,
         "random_weights": info.random_weights,
         "layers": {name: states.count(name) for name in STATES},

@@ -3,6 +3,9 @@
 Every file is written to a temporary name, synced and renamed. A finished step is noted in a file of its own in `manifest/`, with
 the checksums of its files, so that several processes can finish steps at once; a step whose files do not match them is reported
 and done again, never silently used. Likewise each job of training notes where it is in a file of its own in `progress/`.
+
+A run at a URL is worked on in a copy, which is then `root` (`mirror`): what is read through a RunDir is fetched first, what is
+written through it is sent.
 """
 
 import glob
@@ -13,7 +16,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,9 +28,8 @@ import polars as pl
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from throughline.claims import hold
+from throughline.claims import Claim, hold, take
 from throughline.errors import DamagedFileError, InputError
-from throughline.files import replacing
 from throughline.records import (
     Analysis,
     Comparison,
@@ -40,12 +42,13 @@ from throughline.records import (
     TransferInfo,
     TransferResult,
 )
+from throughline.storage import open_storage
 from throughline.study import Study, dump_study, folder_name, parse_study
 
 R = TypeVar("R", bound=Record)
 TABLES = ("features", "examples", "labels")
 MANIFEST, PROGRESS = "manifest", "progress"
-CHECKPOINTS, DRIVER = "checkpoints", "driver.json"
+CHECKPOINTS, DRIVER, CLAIM = "checkpoints", "driver.json", "claim.json"
 IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
 REPORTED_PACKAGES = ("throughline", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 
@@ -54,7 +57,9 @@ class RunDir:
     """A run's files, by what they are."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
+        """`root` is a folder, or a URL as a string. InputError if nothing that is installed opens such a URL."""
+        self.storage = open_storage(root)
+        self.root, self.place = self.storage.root, self.storage.place
 
     # ---- the run itself
 
@@ -62,9 +67,9 @@ class RunDir:
     def open(cls, root: str | Path) -> "RunDir":
         """The run at `root`; InputError if that is not a run folder."""
         run = cls(root)
-        if not run.root.is_dir():
+        if not run.storage.is_there():
             raise InputError(f"run folder {root} does not exist; `throughline train STUDY --out {root}` makes one")
-        if not (run.root / "study.yaml").is_file() or not (run.root / "run.json").is_file():
+        if not run.exists("study.yaml") or not run.exists("run.json"):
             raise InputError(f"{root} is not a run folder (it has no study.yaml and run.json)")
         return run
 
@@ -82,14 +87,14 @@ class RunDir:
     def held(self) -> Iterator[None]:
         """Work on the run alone; HeldError says which process does so already."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with hold(self.root / DRIVER, f"run {self.root}"):
+        with hold(self.storage.slot(DRIVER), f"run {self.place}"):
             yield
 
     def study(self) -> Study:
         """The resolved study."""
         import yaml
 
-        return parse_study(yaml.safe_load(self.read_text("study.yaml")), str(self.root / "study.yaml"))
+        return parse_study(yaml.safe_load(self.read_text("study.yaml")), self.storage.name("study.yaml"))
 
     def info(self) -> RunInfo:
         """Versions, hardware and times."""
@@ -101,14 +106,13 @@ class RunDir:
 
     def exists(self, relative: str) -> bool:
         """True if the run has this file."""
-        return (self.root / relative).exists()
+        return self.storage.has(relative)
 
     # ---- steps
 
     def manifest(self) -> dict[str, StepRecord]:
         """Finished steps by name."""
-        files = sorted((self.root / MANIFEST).glob("*.json"))
-        steps = [self.read_record(f"{MANIFEST}/{file.name}", StepRecord) for file in files]
+        steps = [self.read_record(name, StepRecord) for name in self.storage.glob(f"{MANIFEST}/*.json")]
         return {step.step: step for step in steps}
 
     def finished(self, step: str) -> bool:
@@ -124,12 +128,18 @@ class RunDir:
         record = self._step(step)
         if record is None or record.key != key:
             return False
-        damaged = [name for name, checksum in record.files.items() if _checksum(self.root / name) != checksum]
+        damaged = [name for name, checksum in record.files.items() if not self._matches(name, checksum)]
         if damaged:
             if record.key.startswith(IMPORTED):  # training it instead would pass off one dictionary as another
                 self._check_file(step, damaged[0])
-            warn(f"{self.root / damaged[0]} does not match its checksum; {step} is done again")
+            warn(f"{self.storage.name(damaged[0])} does not match its checksum; {step} is done again")
         return not damaged
+
+    def _matches(self, relative: str, checksum: str | None) -> bool:
+        """True if a file is what was written; of a damaged copy of a URL's, a new one is tried."""
+        path = self.root / relative
+        self.storage.fetch(relative)
+        return _checksum(path) == checksum or (self.storage.fetch(relative, anew=True) and _checksum(path) == checksum)
 
     def check(self, step: str) -> None:
         """Raise DamagedFileError if a file of a finished step is not what was written."""
@@ -139,19 +149,19 @@ class RunDir:
 
     def _check_file(self, step: str, relative: str) -> None:
         record = self._step(step)
-        if record and _checksum(self.root / relative) != record.files.get(relative):
+        if record and not self._matches(relative, record.files.get(relative)):
             imported = record.key.startswith(IMPORTED)
             advice = "import it again with `throughline import`, or delete its folder" if imported else self._redo()
-            raise DamagedFileError(f"{self.root / relative} does not match its checksum; {advice}")
+            raise DamagedFileError(f"{self.storage.name(relative)} does not match its checksum; {advice}")
 
     def _damaged(self, relative: str, error: Exception) -> DamagedFileError:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         noted = relative.startswith(f"{MANIFEST}/")
         redo = "delete it, and a run with --resume does that step anew" if noted else self._redo()
-        return DamagedFileError(f"{self.root / relative} is damaged ({reason}); {redo}")
+        return DamagedFileError(f"{self.storage.name(relative)} is damaged ({reason}); {redo}")
 
     def _redo(self) -> str:
-        return f"`throughline run STUDY --out {self.root} --resume` makes it again"
+        return f"`throughline run STUDY --out {self.place} --resume` makes it again"
 
     @contextmanager
     def step(self, name: str, key: str) -> Iterator[list[str]]:
@@ -160,19 +170,24 @@ class RunDir:
             yield files[name]
 
     @contextmanager
-    def steps(self, keys: dict[str, str]) -> Iterator[dict[str, list[str]]]:
-        """Do several steps at once, by name and key; the block appends to the files of each."""
+    def steps(self, keys: dict[str, str], check: Callable[[], None] = lambda: None) -> Iterator[dict[str, list[str]]]:
+        """Do several steps at once, by name and key; the block appends to the files of each.
+
+        `check` is asked before each is noted, and raises if it may not be.
+        """
         started, clock, files = _now(), time.perf_counter(), {name: [] for name in keys}
         yield files
         seconds = round(time.perf_counter() - clock, 3)
         for name, key in keys.items():
+            check()
+            self.storage.push(*files[name])
             checksums = {file: _checksum(self.root / file) or "" for file in files[name]}
             done = StepRecord(step=name, key=key, started=started, seconds=seconds, files=checksums)
             self.write_record(_step_file(name), done)
 
     def forget(self, step: str) -> None:
         """Take a step out of the manifest, so that it is done again."""
-        (self.root / _step_file(step)).unlink(missing_ok=True)
+        self.storage.remove(_step_file(step))
 
     # ---- places
 
@@ -191,36 +206,74 @@ class RunDir:
 
     def checkpoint_folder(self, model: str, layers: Sequence[int]) -> Path:
         """Training state of a block of layers; removed when they are trained."""
-        return self.model_folder(model) / CHECKPOINTS / f"layers_{layers[0]:02d}-{layers[-1]:02d}"
+        return self.root / self._checkpoint_name(model, layers)
+
+    @staticmethod
+    def _checkpoint_name(model: str, layers: Sequence[int]) -> str:
+        return f"models/{folder_name(model)}/{CHECKPOINTS}/layers_{layers[0]:02d}-{layers[-1]:02d}"
 
     def journal(self, model: str, layers: Sequence[int]) -> Path:
         """What the training of a block of layers measured, as JSON lines."""
-        return self.model_folder(model) / f"training_{layers[0]:02d}-{layers[-1]:02d}.jsonl"
+        return self.root / self._journal_name(model, layers)
+
+    @staticmethod
+    def _journal_name(model: str, layers: Sequence[int]) -> str:
+        return f"models/{folder_name(model)}/training_{layers[0]:02d}-{layers[-1]:02d}.jsonl"
 
     def begun(self, model: str) -> list[tuple[int, int]]:
         """First and last layer of each block of a model whose training was begun and not finished."""
-        folders = sorted((self.model_folder(model) / CHECKPOINTS).glob("layers_*-*"))
-        spans = [folder.name.removeprefix("layers_").split("-") for folder in folders]
+        names = self.storage.children(f"models/{folder_name(model)}/{CHECKPOINTS}")
+        spans = [name.removeprefix("layers_").split("-") for name in names if name.startswith("layers_")]
         return [(int(first), int(last)) for first, last in spans]
+
+    # ---- blocks of layers in training
+
+    def take(self, model: str, layers: Sequence[int]) -> Claim:
+        """A claim on a block of layers that outdoes all earlier ones; its checkpoint and journal are then the latest there are."""
+        claim = take(self.storage.slot(f"{self._checkpoint_name(model, layers)}/{CLAIM}"))
+        self.storage.fetch_folder(self._checkpoint_name(model, layers))
+        self.storage.fetch(self._journal_name(model, layers), keep_unsent=True)
+        return claim
+
+    def push_checkpoint(self, model: str, layers: Sequence[int]) -> None:
+        """Send the state of a block that was just saved, and its journal."""
+        self.push_journal(model, layers)
+        self.storage.push_folder(self._checkpoint_name(model, layers), deep=False)
+
+    def push_journal(self, model: str, layers: Sequence[int]) -> None:
+        """Send what the training of a block measured."""
+        self.storage.push(self._journal_name(model, layers))
+
+    def remove_checkpoint(self, model: str, layers: Sequence[int]) -> None:
+        """A block is trained: its state goes, and activations that were kept."""
+        self.storage.remove_folder(self._checkpoint_name(model, layers))
 
     # ---- where jobs of training are
 
     def jobs(self) -> list[JobState]:
         """Where the jobs of training are that are not done."""
-        files = sorted((self.root / PROGRESS).glob("*.json"))
-        return [self.read_record(f"{PROGRESS}/{file.name}", JobState) for file in files]
+        found = []
+        for name in self.storage.glob(f"{PROGRESS}/*.json"):
+            with suppress(FileNotFoundError):  # done since the look
+                found.append(self.read_record(name, JobState))
+        return found
 
-    def note_job(self, state: JobState) -> None:
-        """Replace what is known of a job."""
-        self.write_record(_job_file(state.model, state.layers), state)
+    def note_job(self, state: JobState, at_once: bool = True) -> None:
+        """Replace what is known of a job; at a URL only if it is to be known at once."""
+        if at_once or not self.storage.is_remote:
+            self.write_record(_job_file(state.model, state.layers), state)
 
     def forget_job(self, model: str, layers: Sequence[int]) -> None:
         """A job is done, or about to begin anew."""
-        (self.root / _job_file(model, layers)).unlink(missing_ok=True)
+        self.storage.remove(_job_file(model, layers))
 
     def report_folder(self) -> Path:
-        """The one-file page and figures/."""
+        """The one-file page and figures/; `push_report` sends them."""
         return self.root / "report"
+
+    def push_report(self) -> None:
+        """Send the page and its figures."""
+        self.storage.push_folder("report")
 
     # ---- records
 
@@ -235,8 +288,8 @@ class RunDir:
             return [
                 self.read_record(name, LayerQuality) for name in sorted(step.files) if name.endswith("quality.json")
             ]
-        files = sorted((self.root / "models" / folder_name(model)).glob("layer_*/quality.json"))
-        return [self.read_record(str(f.relative_to(self.root)), LayerQuality) for f in files]
+        names = self.storage.glob(f"{glob.escape(f'models/{folder_name(model)}')}/layer_*/quality.json")
+        return [self.read_record(name, LayerQuality) for name in names]
 
     def trained_layers(self, model: str) -> list[int]:
         """Layers of a model whose dictionaries are finished."""
@@ -248,13 +301,13 @@ class RunDir:
         return {
             layer: record.key
             for layer, record in steps.items()
-            if record.key.startswith(IMPORTED) and self.layer_folder(model, layer).is_dir()
+            if record.key.startswith(IMPORTED) and self.storage.has_folder(self.layer_name(model, layer))
         }
 
     def _layer_steps(self, model: str) -> dict[int, StepRecord]:
         prefix = f"train/{model}/"
-        files = sorted((self.root / MANIFEST).glob(f"{glob.escape(_one_component(prefix))}*.json"))
-        records = [self.read_record(f"{MANIFEST}/{file.name}", StepRecord) for file in files]
+        names = self.storage.glob(f"{MANIFEST}/{glob.escape(_one_component(prefix))}*.json")
+        records = [self.read_record(name, StepRecord) for name in names]
         steps = {record.step.removeprefix(prefix): record for record in records}
         return {int(layer): record for layer, record in steps.items() if layer.isdigit()}
 
@@ -268,13 +321,13 @@ class RunDir:
 
     def has_table(self, model: str, table: str) -> bool:
         """True if this table of a model was made."""
-        return (self.root / "models" / folder_name(model) / f"{table}.parquet").exists()
+        return self.exists(f"models/{folder_name(model)}/{table}.parquet")
 
     def table(self, model: str, table: str) -> pl.DataFrame:
         """One of TABLES of a model; InputError names the command that makes it."""
         relative, command = f"models/{folder_name(model)}/{table}.parquet", "label" if table == "labels" else "features"
         if not self.exists(relative):
-            raise InputError(f"{model} has no {table} yet; `throughline {command} {self.root}` makes them")
+            raise InputError(f"{model} has no {table} yet; `throughline {command} {self.place}` makes them")
         self._check_file(f"{command}/{model}", relative)
         try:
             return pl.read_parquet(self.root / relative)
@@ -294,7 +347,7 @@ class RunDir:
         stem = f"transfer/{folder_name(metric)}/{folder_name(source)}__{folder_name(target)}"
         if not self.exists(f"{stem}.json"):
             raise InputError(
-                f"no {metric} from {source} to {target} yet; `throughline transfer {self.root}` computes it"
+                f"no {metric} from {source} to {target} yet; `throughline transfer {self.place}` computes it"
             )
         info = self.read_record(f"{stem}.json", TransferInfo)
         self._check_file(f"transfer/{metric}/{source}/{target}", f"{stem}.safetensors")
@@ -305,8 +358,7 @@ class RunDir:
 
     def transfers(self) -> list[TransferInfo]:
         """What transfer results there are."""
-        files = sorted((self.root / "transfer").glob("*/*.json"))
-        return [self.read_record(str(f.relative_to(self.root)), TransferInfo) for f in files]
+        return [self.read_record(name, TransferInfo) for name in self.storage.glob("transfer/*/*.json")]
 
     def write_trace(self, trace: Trace) -> str:
         """Save a trace under an id made from its content's origin (model and prompt)."""
@@ -315,9 +367,9 @@ class RunDir:
     def traces(self) -> list[Trace]:
         """All saved traces, in a fixed order."""
         return [
-            self.read_record(str(f.relative_to(self.root)), Trace)
-            for f in sorted((self.root / "traces").glob("*.json"))
-            if not f.name.startswith("compare-")
+            self.read_record(name, Trace)
+            for name in self.storage.glob("traces/*.json")
+            if not name.startswith("traces/compare-")
         ]
 
     def write_comparison(self, comparison: Comparison) -> str:
@@ -326,10 +378,7 @@ class RunDir:
 
     def comparisons(self) -> list[Comparison]:
         """All saved comparisons, in a fixed order."""
-        return [
-            self.read_record(str(f.relative_to(self.root)), Comparison)
-            for f in sorted((self.root / "traces").glob("compare-*.json"))
-        ]
+        return [self.read_record(name, Comparison) for name in self.storage.glob("traces/compare-*.json")]
 
     def analysis(self) -> Analysis | None:
         """The analysis, if there is one."""
@@ -361,6 +410,7 @@ class RunDir:
 
     def read_text(self, relative: str) -> str:
         """A text file of the run."""
+        self.storage.fetch(relative)
         return (self.root / relative).read_text(encoding="utf-8")
 
     def write_text(self, relative: str, text: str) -> str:
@@ -375,7 +425,7 @@ class RunDir:
 
     @contextmanager
     def _replacing(self, relative: str) -> Iterator[Path]:
-        with replacing(self.root / relative) as temporary:
+        with self.storage.replacing(relative) as temporary:
             yield temporary
 
 

@@ -19,9 +19,11 @@ app = typer.Typer(
 )
 
 Study = Annotated[Path, typer.Argument(help="the study file", show_default=False)]
-Run = Annotated[Path, typer.Argument(help="the run folder", show_default=False)]
+Run = Annotated[str, typer.Argument(help="the run: a folder, or a URL such as s3://bucket/run", show_default=False)]
 Prompt = Annotated[str, typer.Argument(help="the prompt, in quotes", show_default=False)]
-Out = Annotated[Path | None, typer.Option(help="run folder; default runs/<name of the study>", show_default=False)]
+Out = Annotated[
+    str | None, typer.Option(help="run folder, or a URL; default runs/<name of the study>", show_default=False)
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="change a setting: a.b=value", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="continue an existing run, or start it")]
 Force = Annotated[bool, typer.Option("--force", help="go on though dictionaries failed the quality gate")]
@@ -49,7 +51,7 @@ def _root(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
+    out: Annotated[str, typer.Option(help="run folder, or a URL")] = "runs/demo",
     short: Annotated[bool, typer.Option("--short", help="two models and less text, for a quick check")] = False,
     device: Device = None,
     quiet: Quiet = False,
@@ -95,8 +97,8 @@ def run(
     from throughline import api
     from throughline.cli import live, render
 
-    folder = out or _default_folder(study, settings)
-    with live.Live(quiet, folder) as news, _figures_of_the_gate(folder, quiet):
+    place = out or _default_place(study, settings)
+    with live.Live(quiet, place) as news, _figures_of_the_gate(place, quiet):
         finished = api.run(study, out, settings, resume, force, device, news.say, news.progress)
     if not quiet:
         render.finished(finished)
@@ -110,7 +112,7 @@ def plan(
         typer.Option(help="such as 3x48GiB,1x24GiB@l4; default those of this machine, measured", show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="an existing run, of which what is done is skipped", show_default=False)
+        str | None, typer.Option(help="an existing run, of which what is done is skipped", show_default=False)
     ] = None,
     settings: Set = None,
     quiet: Quiet = False,
@@ -138,10 +140,10 @@ def train(
     from throughline import api
     from throughline.cli import live
 
-    with live.Live(quiet, out or _default_folder(study, settings)) as news:
+    with live.Live(quiet, out or _default_place(study, settings)) as news:
         made = api.train(study, out, settings, resume, device, news.say, news.progress)
     if not quiet:
-        typer.echo(f"trained; evaluate with: throughline evaluate {made.root}")
+        typer.echo(f"trained; evaluate with: throughline evaluate {made.place}")
 
 
 @app.command()
@@ -353,15 +355,15 @@ def _plain_transfer(result: Any) -> dict[str, Any]:
     return result.info.model_dump() | {"arrays": matrices}
 
 
-def _default_folder(study: Path, settings: list[str] | None) -> Path:
-    from throughline.api import folder_of
+def _default_place(study: Path, settings: list[str] | None) -> str | Path:
+    from throughline.api import place_of
     from throughline.study import load_study
 
-    return folder_of(load_study(study, settings), None)
+    return place_of(load_study(study, settings), None)
 
 
 @contextmanager
-def _figures_of_the_gate(folder: Path, quiet: bool) -> Iterator[None]:
+def _figures_of_the_gate(place: str | Path, quiet: bool) -> Iterator[None]:
     """Shows the quality of all dictionaries if the gate stops the command inside."""
     from throughline.errors import GateError
 
@@ -372,6 +374,6 @@ def _figures_of_the_gate(folder: Path, quiet: bool) -> Iterator[None]:
             from throughline import api
             from throughline.cli import render
 
-            run = api.load_run(folder)
+            run = api.load_run(place)
             render.qualities([quality for spec in run.study().models for quality in run.quality(spec.name)])
         raise

@@ -23,9 +23,10 @@ WATCHED_EVERY_SECONDS = 2.0
 class Live:
     """`say` prints a line; `progress` shows where training is. Use it in a `with`."""
 
-    def __init__(self, quiet: bool = False, run: Path | None = None) -> None:
-        """`run` is the folder whose training `progress` shows."""
-        self._run = run
+    def __init__(self, quiet: bool = False, run: str | Path | None = None) -> None:
+        """`run` is the folder or URL of the run whose training `progress` shows."""
+        self._place = run
+        self._run: RunDir | None = None
         self._console = Console(file=sys.stderr, quiet=quiet, highlight=False)
         self._live: RichLive | None = None
         self._last = 0.0
@@ -53,8 +54,10 @@ class Live:
         if self._live is None:
             self._live = RichLive(console=self._console, auto_refresh=False)
             self._live.start()
-        assert self._run is not None
-        status = read_status(RunDir(self._run))
+        if self._run is None:
+            assert self._place is not None
+            self._run = RunDir(self._place)
+        status = read_status(self._run)
         self._live.update(status_view(status), refresh=True)
         if not status["layers"]["running"] + status["layers"]["waiting"]:
             self._stop()

@@ -83,7 +83,7 @@ class _Driver:
 
     def submit(self, placed: PlacedJob) -> None:
         """Hand a job to Ray, for the first time or again."""
-        job, root = placed.job, str(self._session.run.root.resolve())
+        job, root = placed.job, self._session.run.storage.absolute()
         self._attempts[job.name] += 1
         given = (root, job.model, job.layers, self._attempts[job.name], self._wanted)
         options: dict[str, Any] = {"name": job.name, "num_cpus": 0}

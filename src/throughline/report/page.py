@@ -11,9 +11,10 @@ from throughline.figures.quality import draw_quality
 from throughline.figures.style import save_figure
 from throughline.figures.trace import draw_trace
 from throughline.figures.transfer import draw_all_models, draw_transfer
+from throughline.files import replacing
 from throughline.records import TransferResult
 from throughline.report.contents import collect, collect_traces
-from throughline.run_dir import RunDir, digest_key, replacing
+from throughline.run_dir import RunDir, digest_key
 
 
 def write_report(run: RunDir) -> Path:
@@ -27,6 +28,7 @@ def write_report(run: RunDir) -> Path:
     with replacing(path) as temporary:
         # A lone surrogate (half of a character that a token cuts in two) becomes its JSON escape.
         temporary.write_bytes(render_page(collect(run, results)).encode("utf-8", "backslashreplace"))
+    run.push_report()
     return path
 
 

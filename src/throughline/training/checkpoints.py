@@ -40,9 +40,10 @@ class Checkpoints:
         minutes: float,
         say: Callable[[str], None] = lambda line: None,
         check: Callable[[], None] = lambda: None,
+        saved: Callable[[], None] = lambda: None,
     ) -> None:
-        """`check` is asked before each checkpoint takes its place, and raises if it may not."""
-        self._check = check
+        """`check` is asked before each checkpoint takes its place, and raises if it may not; `saved` is called when it has."""
+        self._check, self._saved = check, saved
         self._path, self._key, self._minutes, self._say = folder / FILE, key, minutes, say
         self._last, self._cost = time.monotonic(), 0.0
 
@@ -83,6 +84,7 @@ class Checkpoints:
         with replacing(self._path) as temporary:
             save_file(tensors, temporary, metadata={"throughline": json.dumps(header)})
             self._check()
+        self._saved()
         self._last = time.monotonic()
         self._cost = self._last - started
 
