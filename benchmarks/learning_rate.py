@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from engine import open_source
-from pages import QUALITY, write_between
+from pages import QUALITY, hardware_and_date, write_between
 from planted_data import MEAN_L0, NUM_FEATURES, plant
 from torch import Tensor
 
@@ -126,7 +126,7 @@ def main() -> None:
         print(table[-1], flush=True)
     if a.write:
         said = (
-            f"`python benchmarks/learning_rate.py --stories BENCH --write`; 2 cores, no GPU; 2026-11-23; seed 0; the last "
+            f"`python benchmarks/learning_rate.py --stories BENCH --write`; {hardware_and_date()}; seed 0; the last "
             f"{HELD_OUT:,} tokens held out. Columns: `auto` times the factor; mean FVU of the layers (share of dead features)."
         )
         write_between(QUALITY, "learning_rate", [said, "", *table], "Learning rates")

@@ -1,5 +1,7 @@
 """Put what a benchmark found between its marks in a page of docs/."""
 
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 QUALITY, PERFORMANCE = (Path(__file__).parents[1] / "docs" / f"{name}.md" for name in ("quality", "performance"))
@@ -13,3 +15,11 @@ def write_between(path: Path, mark: str, lines: list[str], heading: str) -> None
         page = f"{page.rstrip()}\n\n## {heading}\n\n{begin}\n{end}\n"
     before, _, rest = page.partition(begin)
     path.write_text("\n".join([before + begin, *lines, end]) + rest.partition(end)[2])
+
+
+def hardware_and_date() -> str:
+    """`2 cores, no GPU; 2026-11-23`."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores, {gpu}; {datetime.now(UTC):%Y-%m-%d}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pages import QUALITY, write_between
+from pages import QUALITY, hardware_and_date, write_between
 from planted_data import MEAN_L0, NUM_FEATURES, VARIANTS, Planted, Variant, plant
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
@@ -133,7 +133,7 @@ class Peer:
 def write(rows: list[Row], command: str, tokens: int) -> None:
     """Put the table between its marks in docs/quality.md."""
     table = [
-        f"`{command}`; 2 cores, no GPU, one thread; 2026-11-23; n = {tokens:,} tokens of training, {HELD_OUT:,} held out, "
+        f"`{command}`; {hardware_and_date()}; one thread; n = {tokens:,} tokens of training, {HELD_OUT:,} held out, "
         f"batches of {BATCH:,}, seed {SEED}.",
         "",
         "| variant | architecture | by | MCC | FVU | L0 | dead | setting |",
