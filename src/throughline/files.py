@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,10 @@ from uuid import uuid4
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what the block wrote there is synced and takes the place of `path` at once."""
+    """A temporary name beside `path`; what the block wrote there is synced and takes the place of `path` at once.
+
+    OSError names `path` when there is no room, or no right to write.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # several hosts may have processes of one number
     try:
@@ -17,5 +21,16 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _error_number(error)
+        if not number:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _error_number(error: Exception) -> int | None:
+    """Of an error of the system that a library passes on as text, as safetensors does."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None

@@ -71,16 +71,21 @@ class JsonLines:
     def __init__(self, path: Path, batch_tokens: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_short = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self._file = path.open("a")
-        self._batch_tokens = batch_tokens
+        self._path, self._batch_tokens = path, batch_tokens
+        self._file = path.open("ab", buffering=0)  # nothing is left to be written when it is closed
         if cut_short:
-            self._file.write("\n")
+            self._append("\n")
 
     def write(self, progress: Progress) -> None:
         """Append a line, readable at once."""
         row = asdict(progress) | {"tokens": progress.step * self._batch_tokens, "at": time.time()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._append(json.dumps(row) + "\n")
+
+    def _append(self, text: str) -> None:
+        try:
+            self._file.write(text.encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         """Close the file."""

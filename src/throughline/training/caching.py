@@ -10,7 +10,7 @@ from typing import Any
 from zlib import crc32
 
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -137,8 +137,8 @@ class CachedSource:
         try:
             with replacing(path) as temporary:
                 save_file(tensors, temporary)
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
                 raise TrainingError(
                     f"the disk of {self._folder} is full; make room, or train without keeping activations"
                 ) from error
