@@ -13,6 +13,7 @@ from kill_cluster import ENVIRONMENT
 from throughline import claims
 from throughline.claims import hold, take
 from throughline.errors import HeldError, TrainingError
+from throughline.storage import Slot
 
 STUDY = """
 name: held
@@ -56,7 +57,7 @@ def test_a_run_is_free_when_its_driver_was_killed(first, tmp_path):
     first.kill()
     first.wait()
     assert json.loads((tmp_path / "run" / "driver.json").read_text())["pid"] == first.pid
-    with hold(tmp_path / "run" / "driver.json", "it"):
+    with hold(Slot(tmp_path / "run" / "driver.json"), "it"):
         pass
     assert not (tmp_path / "run" / "driver.json").exists()
 
@@ -73,19 +74,19 @@ def test_a_holder_on_another_machine_is_believed_while_it_gives_signs(tmp_path, 
     there = {"token": "t", "host": "elsewhere", "pid": 7, "born": "1", "beat": time.time() - silent}
     path.write_text(json.dumps(there))
     if free:
-        with hold(path, "it"):
+        with hold(Slot(path), "it"):
             return
     with (
         pytest.raises(HeldError, match="it is held by process 7 on elsewhere; wait for it, or stop it"),
-        hold(path, "it"),
+        hold(Slot(path), "it"),
     ):
         raise AssertionError
 
 
 def test_layers_belong_to_whom_took_them_last(tmp_path):
-    earlier = take(tmp_path / "layers_00-05" / "claim.json")
+    earlier = take(Slot(tmp_path / "layers_00-05" / "claim.json"))
     earlier.check()
-    later = take(tmp_path / "layers_00-05" / "claim.json")
+    later = take(Slot(tmp_path / "layers_00-05" / "claim.json"))
     later.check()
     with pytest.raises(TrainingError, match=f"layers_00-05 was given to process {os.getpid()} on"):
         earlier.check()

@@ -108,7 +108,8 @@ def test_a_run_that_can_only_be_read_is_read_and_kept(mounts, folder, expected):
     said = sh(
         folder,
         f"""
-        {TRAIN} --out disk/run --set models=[zoo/gpt2] --set training.tokens=20000; echo "code $?"
+        sed -i "/^models/c models: [{{path: zoo/gpt2, layers: [0]}}]" study.yaml
+        {TRAIN} --out disk/run --set training.tokens=20000; echo "code $?"
         cp -r disk/run before
         mount --bind disk disk; mount -o remount,bind,ro disk
         {TRAIN} --out disk/run --resume; echo "code $?"
@@ -122,11 +123,10 @@ def test_a_run_that_can_only_be_read_is_read_and_kept(mounts, folder, expected):
     errors = [line for line in said.err.splitlines() if line.startswith("throughline: ")]
     assert [error.rpartition(": ")[2] for error in errors] == ["Read-only file system"] * 2
     assert "Traceback" not in said.err
-    assert "4 of 4 layers trained" in said.out
+    assert "1 of 1 layers trained" in said.out
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, 0.99])
-def test_a_checkpoint_cut_short_while_the_driver_was_down_is_said(folder, expected, share):
+def test_a_checkpoint_cut_short_while_the_driver_was_down_is_said(folder, expected):
     driver = subprocess.Popen(
         [*TRAIN.split(), "--out", "run"], cwd=folder, env=os.environ | ENVIRONMENT, stderr=subprocess.DEVNULL
     )
@@ -135,7 +135,7 @@ def test_a_checkpoint_cut_short_while_the_driver_was_down_is_said(folder, expect
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    os.truncate(found[0], int(share * found[0].stat().st_size))
+    os.truncate(found[0], int(0.6 * found[0].stat().st_size))
     said = sh(folder, f"{TRAIN} --out run --resume")
     assert said.code == 0, said.err
     assert re.search(r"checkpoint .*state\.safetensors is damaged \(.*\); training begins anew\n", said.err)

@@ -1,7 +1,10 @@
 """Jobs on a real Ray cluster of two nodes on this machine: what is killed goes on, to the same bits."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,9 +16,7 @@ from kill_cluster import (
     Outcome,
     Training,
     hashes_of,
-    kill_driver,
     kill_node,
-    kill_worker,
     look_at,
     nodes,
 )
@@ -59,23 +60,22 @@ def as_it_should(found: Outcome, expected: dict[str, str]) -> None:
     assert found.restarts, found.said
 
 
-def test_a_killed_worker_goes_on_elsewhere(cluster, expected, tmp_path):
+def test_a_worker_and_then_the_driver_are_killed(cluster, expected, tmp_path):
     training = Training(STUDY, tmp_path / "training", cluster.address)
-    killed = kill_worker(training, cluster)
+    driver = training.start()
+    victim = training.wait_for_a_job(driver)
+    assert victim, training.said
+    os.kill(victim.pid, signal.SIGKILL)
+    assert training.wait_for_a_job(driver, lambda job: job.attempt == 2 or job.model != victim.model), training.said
+    driver.kill()
+    driver.wait()
+    assert training.start().wait() == 0
     found = look_at(training, 0)
     as_it_should(found, expected)
-    name = killed[0].removeprefix("worker of ").partition(" ")[0]
-    assert f"{name} layers" in found.said
-    assert "its worker was lost at step" in found.said
-    assert "trained; evaluate with" in found.said
+    assert re.search(rf"{victim.model} layers? .*: its worker was lost at step", found.said)
+    assert found.said.count("measuring a device") == 2
     assert not list((training.run.root / "progress").iterdir())
     assert not (training.run.root / "driver.json").exists()
-
-
-def test_a_driver_that_was_killed_is_started_again(cluster, expected, tmp_path):
-    training = Training(STUDY, tmp_path / "training", cluster.address)
-    kill_driver(training, cluster)
-    as_it_should(look_at(training, 0), expected)
 
 
 def test_a_node_is_taken_away(cluster, expected, tmp_path):

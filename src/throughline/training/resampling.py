@@ -17,17 +17,24 @@ from throughline.training.group import Course, Group
 
 FROM_SHARE = 0.1  # of the run
 UNTIL_SHARE, UNTIL_SHARE_WITH_PENALTY = 0.8, 0.7  # a penalty needs longer to settle what a new feature did to L0
-# of the run, but not before new directions have settled: 4 steps between left FVU 0.22 and 0.43 after 117 steps, 48 0.018 and 0.038
-EVERY_SHARE, FEWEST_STEPS = 0.05, 48
+EVERY_SHARE = 0.05  # of the run
+# A short run needs its second half for new directions to settle: with 4 steps between and no such limit 117 steps on the zoo's gpt2
+# ended at FVU 0.22 and 0.43, with these at 0.017 and 0.044.
+FEWEST_STEPS, UNTIL_SHARE_OF_SHORT = 24, 0.5
 LARGEST_SHARE = 0.25  # of a batch's tokens: no more features get a new direction at once
 
 
 def is_due(step: int, num_steps: int, k: int | None) -> bool:
-    """True at the step that completes another twentieth of the run (or 48 steps, if that is longer) until eight tenths of it
-    (seven where there is a penalty)."""
+    """True at the step that completes another twentieth of the run until eight tenths of it (seven where there is a penalty).
+
+    In a run of fewer than 480 steps, at every 24th until half of it.
+    """
     now, before = step / num_steps, (step - 1) / num_steps
     until = UNTIL_SHARE if k is not None else UNTIL_SHARE_WITH_PENALTY
-    every = max(EVERY_SHARE, FEWEST_STEPS / num_steps)
+    every = FEWEST_STEPS / num_steps
+    if every > EVERY_SHARE:
+        until = UNTIL_SHARE_OF_SHORT
+    every = max(EVERY_SHARE, every)
     return FROM_SHARE <= now <= until + 1 / num_steps and int(now / every) > int(before / every)
 
 
