@@ -1,12 +1,12 @@
 """Kill workers, nodes and drivers of a training on a two-node Ray cluster on this machine; compare with the local executor.
 
-    python benchmarks/kill_cluster.py worker node driver random [--kills 10]
+    python benchmarks/kill_cluster.py worker node driver random [--kills 10] [--write]
 
 Each scenario trains the bundled models with `throughline train` as a user would and ends when the training is complete. `worker`:
 SIGKILL of a worker in mid-job. `node`: a node and all its processes are taken away in mid-job, and another joins later. `driver`:
 SIGKILL of the driver, which is started again. `random`: so many kills at random moments, of a worker or of the driver. Printed for
 each: what was killed at which step, from which steps jobs went on, whether any layer that had a checkpoint began again at the
-first step, and whether all weights are those of the local executor, bit by bit.
+first step, and whether all weights are those of the local executor, bit by bit. `--write` puts it into docs/scale.md.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from pages import SCALE, hardware_and_date, write_between
 
 from throughline.records import JobState
 from throughline.run_dir import RunDir
@@ -226,12 +227,20 @@ def main() -> None:
     parser.add_argument("scenarios", nargs="+", choices=[*SCENARIOS, "random"])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill_cluster_"))
     local = Training(STUDY, folder / "local")
     assert local.start().wait() == 0, local.said
     expected, right = hashes_of(local.run), True
-    print(f"local executor: {len(expected) // 2} dictionaries", flush=True)
+    lines = [
+        f"`python benchmarks/kill_cluster.py {' '.join(options.scenarios)} --kills {options.kills} --write`; "
+        f"{hardware_and_date()}; "
+        f"{len(expected) // 2} dictionaries of the four bundled models, two nodes of one core each.",
+        "",
+        "| killed | jobs went on from step | began anew though there was a checkpoint | weights |",
+        "|---|---|---|---|",
+    ]
     with nodes() as cluster:
         for scenario in options.scenarios:
             training = Training(STUDY, folder / scenario, cluster.address)
@@ -242,10 +251,13 @@ def main() -> None:
             found = look_at(training, 0)
             identical = found.hashes == expected
             right = right and identical and not found.from_zero
-            print(f"\n{scenario}: {len(killed)} killed: {'; '.join(killed)}")
-            print(f"  went on: {', '.join(f'{name} from step {step}' for name, step in found.restarts) or 'nothing'}")
-            print(f"  from zero though there was a checkpoint: {', '.join(found.from_zero) or 'none'}")
-            print(f"  weights {'identical' if identical else 'DIFFERENT'}", flush=True)
+            went_on = ", ".join(f"{name} {step}" for name, step in found.restarts) or "none"
+            weights = "identical" if identical else "DIFFERENT"
+            lines.append(f"| {'; '.join(killed)} | {went_on} | {', '.join(found.from_zero) or 'none'} | {weights} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    print("\n".join(lines))
+    if options.write:
+        write_between(SCALE, "kills", lines, "Killed on purpose")
     if right:
         shutil.rmtree(folder)
     else:

@@ -4,7 +4,9 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-QUALITY, PERFORMANCE = (Path(__file__).parents[1] / "docs" / f"{name}.md" for name in ("quality", "performance"))
+QUALITY, PERFORMANCE, SCALE = (
+    Path(__file__).parents[1] / "docs" / f"{name}.md" for name in ("quality", "performance", "scale")
+)
 
 
 def write_between(path: Path, mark: str, lines: list[str], heading: str) -> None:

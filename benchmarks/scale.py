@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pages import write_between
+from pages import SCALE, write_between
 
 from throughline.planning.blocks import Block, Costs, Device
 from throughline.planning.costs import Setting, count_costs
@@ -32,7 +32,6 @@ from throughline.records import PlannedDevice
 from throughline.study import load_study
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "scale.md"
 SEEDS = range(5)
 REPAIR_SECONDS = 60.0
 Models = dict[str, dict[str, Costs]]
@@ -182,7 +181,7 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if options.write:
-        write_between(PAGE, "scale", [*EXPLAINED, "", *lines], "The planner and the scheduler, simulated")
+        write_between(SCALE, "scale", [*EXPLAINED, "", *lines], "The planner and the scheduler, simulated")
 
 
 EXPLAINED = """`python benchmarks/scale.py --write`: simulated devices, costs as the planner counts them; nothing here was run on
