@@ -88,10 +88,14 @@ def test_nodes_become_devices_of_their_kind():
     assert [device.kind for device in pairs] == [BOX.kind] * 2 + [OLD.kind]
 
 
-def test_cores_divide_the_memory_of_their_node():
+def test_cores_divide_the_memory_of_their_node_and_nodes_nearly_alike_are_alike():
     (rates,) = parse_devices("64GiB@cpu")
     found = teams([PLAIN], Wanted(2, 0), 1, {PLAIN.kind: rates})
     assert [device.memory_bytes for device in found] == [16 * GIB] * 4
+    smaller, larger = PLAIN._replace(memory_bytes=60 * GIB), PLAIN._replace(memory_bytes=256 * GIB)
+    assert PLAIN.kind == smaller.kind == "8 cpus, about 64 GiB" != larger.kind
+    found = teams([PLAIN, smaller], Wanted(2, 0), 1, {PLAIN.kind: rates})
+    assert [device.memory_bytes for device in found] == [15 * GIB] * 8
 
 
 @pytest.fixture

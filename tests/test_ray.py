@@ -88,7 +88,7 @@ def test_nothing_of_ray_reaches_the_terminal(cluster, tmp_path):
     training = Training(SHORT, tmp_path / "training", cluster.address)
     assert training.start().wait() == 0, training.said
     lines = training.said.splitlines()
-    assert lines[0].startswith("measuring a device of 1 cpus, ")
+    assert lines[0].startswith("measuring a device of 1 cpus, about ")
     assert lines[1] == "2 jobs, room for 2 at once on 3 nodes"
     assert all(line.startswith(("zoo/gpt2: step", "trained; evaluate")) for line in lines[2:]), training.said
 

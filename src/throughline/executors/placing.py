@@ -4,6 +4,7 @@ A slot is a place for one process: so many cores and GPUs of one node. Each job 
 """
 
 from collections.abc import Mapping, Sequence
+from math import log2
 from typing import NamedTuple
 
 from throughline.errors import InputError
@@ -25,9 +26,9 @@ class Node(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Nodes of one kind are taken to be equally fast."""
+        """Nodes of one kind are taken to be equally fast; their memory is told apart by factors of two."""
         what = f"{self.gpus:g} {self.card or 'GPUs'}, " if self.gpus else ""
-        return f"{what}{self.cpus:g} cpus, {self.memory_bytes / 2**30:.0f} GiB"
+        return f"{what}{self.cpus:g} cpus, about {2 ** round(log2(max(self.memory_bytes / 2**30, 1)))} GiB"
 
 
 class Wanted(NamedTuple):
@@ -86,7 +87,7 @@ def teams(
         if not slots:
             continue
         rates = measured[kind]
-        memory = rates.memory_bytes if wanted.gpus else int(alike[0].memory_bytes / slots)
+        memory = rates.memory_bytes if wanted.gpus else int(min(node.memory_bytes for node in alike) / slots)
         for number in range(max(1, slots * len(alike) // size)):
             name = f"{kind} #{number}"
             devices.append(rates.model_copy(update={"name": name, "kind": kind, "memory_bytes": memory}))
