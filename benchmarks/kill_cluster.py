@@ -174,9 +174,9 @@ def kill_worker(training: Training, cluster: Nodes) -> list[str]:
 
 
 def kill_node(training: Training, cluster: Nodes) -> list[str]:
-    """A node goes in mid-job, another comes later."""
+    """A node goes in mid-job, another comes later; every node has a job that has a checkpoint."""
     driver = training.start()
-    job = training.wait_for_a_job(driver)
+    job = training.wait_for_a_job(driver, lambda job: len(training.jobs()) > 1)
     assert job, training.said
     cluster.remove()
     time.sleep(5)
