@@ -98,7 +98,7 @@ def test_two_devices_train_one_block_as_one_does_and_nothing_of_ray_reaches_the_
             assert (a - b).abs().max() <= 5e-3 * b.abs().max(), name
     lines = together.said.splitlines()
     assert lines[0].startswith("measuring a device of 1 cpus, about ")
-    assert lines[1] == "2 jobs, 2 devices each, room for 1 at once on 3 nodes"
+    assert lines[1] == "1 jobs, 2 devices each, room for 1 at once on 3 nodes"
     assert all(line.startswith(("zoo/gpt2: step", "trained; evaluate")) for line in lines[2:]), together.said
 
 
