@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from pages import SCALE, hardware_and_date, write_between
+from safetensors import SafetensorError, safe_open
 
 from throughline.records import JobState
 from throughline.run_dir import RunDir
@@ -84,6 +84,20 @@ def nodes(num: int = 2) -> Iterator[Nodes]:
         cluster.stop()
 
 
+class Kept(NamedTuple):
+    """A block's checkpoint, and when it was seen."""
+
+    journal: Path
+    at: float
+    step: int
+
+    def was_forgotten(self) -> bool:
+        """True if the block was trained from an earlier step afterwards."""
+        lines = self.journal.read_text().splitlines()
+        rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return any(row["step"] < self.step for row in rows if row["at"] > self.at)
+
+
 class Training:
     """`throughline train --resume` in a process of its own, started again as often as need be."""
 
@@ -91,6 +105,7 @@ class Training:
         executor = study["executor"] | ({"kind": "ray", "address": address} if address else {})
         folder.mkdir(parents=True)
         self.run, self._study, self._log = RunDir(folder / "run"), folder / "study.yaml", folder / "log.txt"
+        self.kept: list[Kept] = []
         self._study.write_text(yaml.safe_dump(study | {"executor": executor}))
 
     def start(self) -> subprocess.Popen:
@@ -109,6 +124,17 @@ class Training:
         """Jobs that run now and have a checkpoint to go on from."""
         states = self.run.jobs() if self.run.root.exists() else []
         return [s for s in states if self._checkpoint(s).exists() and 0 < s.step < s.num_steps]
+
+    def note_checkpoints(self) -> None:
+        """Remember, before something is killed, from which step each block must go on at least."""
+        for file in self.run.root.glob("models/*/checkpoints/layers_*/state.safetensors"):
+            try:
+                with safe_open(file, "pt") as opened:
+                    step = json.loads(opened.metadata()["throughline"])["step"]
+            except (FileNotFoundError, SafetensorError):  # replaced, or the block is done
+                continue
+            journal = file.parents[2] / f"training_{file.parent.name.removeprefix('layers_')}.jsonl"
+            self.kept.append(Kept(journal, time.time(), step))
 
     def _checkpoint(self, state: JobState) -> Path:
         return self.run.checkpoint_folder(state.model, state.layers) / "state.safetensors"
@@ -154,12 +180,7 @@ def look_at(training: Training, exit_code: int) -> Outcome:
         (name, int(step.replace(",", "")))
         for name, step in re.findall(r"(\S+): going on from step ([\d,]+)", training.said)
     ]
-    from_zero = []
-    for journal in sorted(run.root.glob("models/*/training_*.jsonl")):
-        steps = [json.loads(line)["step"] for line in journal.read_text().splitlines() if line.endswith("}")]
-        begins = [b for a, b in pairwise(steps) if b < a]
-        first_checkpoint = min((step for _, step in restarts), default=0)
-        from_zero += [f"{journal.parent.name} {journal.stem}" for begin in begins if begin < first_checkpoint]
+    from_zero = sorted({f"{k.journal.parent.name} {k.journal.stem}" for k in training.kept if k.was_forgotten()})
     return Outcome(exit_code, training.said, hashes_of(run), trained, restarts, from_zero)
 
 
@@ -168,6 +189,7 @@ def kill_worker(training: Training, cluster: Nodes) -> list[str]:
     driver = training.start()
     job = training.wait_for_a_job(driver)
     assert job, training.said
+    training.note_checkpoints()
     os.kill(job.pid, signal.SIGKILL)
     driver.wait(LONGEST_SECONDS)
     return [f"worker of {job.model} at step {job.step}"]
@@ -178,6 +200,7 @@ def kill_node(training: Training, cluster: Nodes) -> list[str]:
     driver = training.start()
     job = training.wait_for_a_job(driver, lambda job: len(training.jobs()) > 1)
     assert job, training.said
+    training.note_checkpoints()
     cluster.remove()
     time.sleep(5)
     cluster.add()
@@ -190,6 +213,7 @@ def kill_driver(training: Training, cluster: Nodes) -> list[str]:
     driver = training.start()
     job = training.wait_for_a_job(driver)
     assert job, training.said
+    training.note_checkpoints()
     driver.kill()
     driver.wait()
     training.start().wait(LONGEST_SECONDS)
@@ -202,6 +226,7 @@ def kill_at_random(training: Training, cluster: Nodes, kills: int, seed: int = 0
     driver = training.start()
     while len(killed) < kills and driver.poll() is None:
         time.sleep(3 * rng.random())
+        training.note_checkpoints()
         if rng.random() < 0.3:
             driver.kill()
             driver.wait()

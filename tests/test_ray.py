@@ -56,7 +56,7 @@ def expected(tmp_path_factory) -> dict[str, str]:
 def as_it_should(found: Outcome, expected: dict[str, str]) -> None:
     assert found.hashes == expected, found.said
     assert found.trained == {"zoo/gpt2": [0, 1, 2], "zoo/pythia": [0, 1]}
-    assert not found.from_zero
+    assert not found.from_zero  # of blocks that had a checkpoint
     assert found.restarts, found.said
 
 
@@ -65,8 +65,10 @@ def test_a_worker_and_then_the_driver_are_killed(cluster, expected, tmp_path):
     driver = training.start()
     victim = training.wait_for_a_job(driver)
     assert victim, training.said
+    training.note_checkpoints()
     os.kill(victim.pid, signal.SIGKILL)
     assert training.wait_for_a_job(driver, lambda job: job.attempt == 2 or job.model != victim.model), training.said
+    training.note_checkpoints()
     driver.kill()
     driver.wait()
     assert training.start().wait() == 0
