@@ -30,6 +30,7 @@ import yaml
 from pages import SCALE, hardware_and_date, write_between
 from safetensors import SafetensorError, safe_open
 
+from throughline.claims import BEAT_SECONDS
 from throughline.records import JobState
 from throughline.run_dir import RunDir
 
@@ -225,20 +226,23 @@ def kill_at_random(training: Training, cluster: Nodes, kills: int, seed: int = 0
     rng, killed = random.Random(seed), []
     driver = training.start()
     while len(killed) < kills and driver.poll() is None:
-        time.sleep(3 * rng.random())
+        time.sleep(1 + 4 * rng.random())
+        states = [state for state in training.run.jobs() if state.step and time.time() - state.at < 3 * BEAT_SECONDS]
+        if not states:  # nothing is in mid-job
+            continue
         training.note_checkpoints()
+        victim = rng.choice(states)
         if rng.random() < 0.3:
             driver.kill()
             driver.wait()
-            killed.append("driver")
+            killed.append(f"driver, while {victim.model} was at step {victim.step}")
             driver = training.start()
-        elif states := [state for state in training.run.jobs() if state.step]:
-            victim = rng.choice(states)
-            try:
-                os.kill(victim.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            killed.append(f"worker of {victim.model} at step {victim.step}")
+            continue
+        try:
+            os.kill(victim.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        killed.append(f"worker of {victim.model} at step {victim.step}")
     driver.wait(LONGEST_SECONDS)
     return killed
 
