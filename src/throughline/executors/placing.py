@@ -104,17 +104,17 @@ def place_jobs(
     left = {job.model: set(job.layers) for job in jobs}
     for job in begun:
         left[job.model] -= set(job.layers)
-    counted = [
-        model._replace(layers=Layers(sorted(left[model.shape.name]), [], []))
-        for model in count_models(session.study, {})
-        if left.get(model.shape.name)
-    ]
-    if not counted:
+    study = session.study
+    study = study.model_copy(update={"models": [spec for spec in study.models if left.get(spec.name)]})
+    if not study.models:
         return [PlacedJob(job) for job in begun]
+    counted = [
+        model._replace(layers=Layers(sorted(left[model.shape.name]), [], [])) for model in count_models(study, {})
+    ]
     of = {device.name: device for device in devices}
     some_cards = len(set(cards.values())) > 1
     placed = []
-    for planned in place_models(session.study, counted, devices).jobs:
+    for planned in place_models(study, counted, devices).jobs:
         device = of[planned.device]
         memory_bytes = planned.total_bytes if device.on_cpu else None
         placed.append(
