@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def test_a_job_that_fails_twice_for_one_reason_is_failed_and_the_others_are_done
     assert training.run.trained_layers("zoo/gpt2") == [0, 2]
     assert "it is tried once more" in training.said
     assert training.said.splitlines()[-1].startswith("throughline: broken layers 0-2: ")
-    status = subprocess.run(["throughline", "status", training.run.root], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "throughline", "status", training.run.root]
+    status = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "broken layers 0-2 failed: " in status.stdout
 
 

@@ -161,23 +161,24 @@ def _specs(session: Session, spec: ModelSpec, layers: Sequence[int]) -> dict[int
     return {layer: session.study.dictionary_for(spec).at_layer(layer) for layer in layers}
 
 
-def begun_blocks(session: Session, model: str, layers: Sequence[int]) -> list[list[int]]:
-    """Blocks among these layers whose training was begun: only as they are can they go on from their checkpoints."""
+def divide_begun(session: Session, model: str, layers: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """Blocks among these layers whose training was begun, and the layers of none: only as they are can blocks go on from their
+    checkpoints.
+    """
     blocks, left = [], set(layers)
     for first, last in session.run.begun(model):
         block = [layer for layer in layers if first <= layer <= last]
         if block and (block[0], block[-1]) == (first, last) and left.issuperset(block):
             blocks.append(block)
             left -= set(block)
-    return blocks
+    return blocks, sorted(left)
 
 
 def _blocks(
     session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, by_autograd: bool
 ) -> tuple[list[list[int]], bool]:
     """The layers in blocks that fit into the memory that is free, after those that were begun; and whether any was."""
-    begun = begun_blocks(session, spec.name, layers)
-    left = [layer for layer in layers if not any(layer in block for block in begun)]
+    begun, left = divide_begun(session, spec.name, layers)
     return begun + (_split(session, spec, left, training, by_autograd) if left else []), bool(begun)
 
 

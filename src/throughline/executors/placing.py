@@ -8,7 +8,7 @@ from math import log2
 from typing import NamedTuple
 
 from throughline.errors import InputError
-from throughline.jobs import Job, begun_blocks
+from throughline.jobs import Job, divide_begun
 from throughline.planning.studies import Layers, count_models, place_models
 from throughline.records import PlannedDevice
 from throughline.session import Session
@@ -100,17 +100,15 @@ def place_jobs(
     """The pending layers in blocks, in the order in which they are to start: those that were begun as they are, the rest as
     planned. `cards`: the card of each kind of device. InputError if a layer fits on none of them.
     """
-    begun = [Job(job.model, block) for job in jobs for block in begun_blocks(session, job.model, job.layers)]
-    left = {job.model: set(job.layers) for job in jobs}
-    for job in begun:
-        left[job.model] -= set(job.layers)
+    begun, left = [], {}
+    for job in jobs:
+        blocks, left[job.model] = divide_begun(session, job.model, job.layers)
+        begun += [Job(job.model, block) for block in blocks]
     study = session.study
     study = study.model_copy(update={"models": [spec for spec in study.models if left.get(spec.name)]})
     if not study.models:
         return [PlacedJob(job) for job in begun]
-    counted = [
-        model._replace(layers=Layers(sorted(left[model.shape.name]), [], [])) for model in count_models(study, {})
-    ]
+    counted = [model._replace(layers=Layers(left[model.shape.name], [], [])) for model in count_models(study, {})]
     of = {device.name: device for device in devices}
     some_cards = len(set(cards.values())) > 1
     placed = []
