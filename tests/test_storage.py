@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from xml.etree import ElementTree
 
 import pytest
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.xdist_group("storage")
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 S3_LIBRARIES = CACHE / "throughline" / "s3"
-STUDY = {
+STUDY: dict[str, Any] = {
     "name": "tiny",
     "models": [{"path": "zoo/pythia", "layers": [0, 1]}],
     "data": {"path": "zoo/arithmetic", "context": 64},
@@ -45,7 +46,8 @@ STUDY = {
     "gate": {"max_l0_share": 1.0, "max_fvu": 1.0, "min_ce_recovered": 0.0, "max_dead": 1.0},
     "evaluation": {"tokens": 2000, "spliced_tokens": 600, "sample_tokens": 1000},
 }
-STATE = "models/zoo-pythia/checkpoints/layers_00-01/state.safetensors"
+STATE_FILE = "state.safetensors"
+STATE = f"models/zoo-pythia/checkpoints/layers_00-01/{STATE_FILE}"
 CLAIM = "models/zoo-pythia/checkpoints/layers_00-01/claim.json"
 BLOCK = ("zoo/pythia", [0, 1])
 LONGEST_SECONDS = 120.0
@@ -243,6 +245,23 @@ def expected(study) -> dict[str, bytes]:
     return {path.relative_to(run.root).as_posix(): path.read_bytes() for path in run.root.rglob("layer_*/*")}
 
 
+@pytest.fixture(scope="session")
+def on_ray(tmp_path_factory) -> Path:
+    """A study file of one job that lasts long enough to be killed in its midst, for Ray on this machine."""
+    path = tmp_path_factory.mktemp("on_ray") / "study.yaml"
+    models = [{"path": "zoo/pythia", "layers": [1]}]
+    training = STUDY["training"] | {"tokens": 900_000}
+    path.write_text(yaml.safe_dump(STUDY | {"models": models, "training": training, "executor": {"kind": "ray"}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def expected_of_longer(on_ray) -> dict[str, bytes]:
+    """The dictionaries that it has when it is trained in a folder, without Ray."""
+    run = api.train(on_ray, on_ray.parent / "run", ["executor.kind=local"], device="cpu")
+    return {path.relative_to(run.root).as_posix(): path.read_bytes() for path in run.root.rglob("layer_*/*")}
+
+
 def trained(place: FileUrl | Bucket) -> dict[str, bytes]:
     """The dictionaries at a URL."""
     return {name: place.read(name) for name in place.names() if "/layer_" in name}
@@ -310,6 +329,26 @@ def test_a_run_has_one_driver_and_a_block_one_worker(place, machine, study):
         (first.returncode, out, err), 1
     )
     assert not trained(place) and json.loads(place.read(CLAIM))["token"] == "theirs"
+
+
+def test_a_training_on_ray_goes_on_at_the_url_when_a_worker_dies(place, machine, on_ray, expected_of_longer):
+    process = machine("one").start("train", on_ray, "--out", place.url, "--device", "cpu")
+
+    def in_mid_job() -> set[int]:
+        """Processes of jobs that have a checkpoint; no job is done yet."""
+        with suppress(HTTPError, FileNotFoundError):  # a note that is gone since it was listed
+            names = place.names()
+            notes = [json.loads(place.read(name)) for name in names if name.startswith("progress/")]
+            return {note["pid"] for note in notes if note["step"] and any(name.endswith(STATE_FILE) for name in names)}
+        return set()
+
+    wait_until(in_mid_job, process)
+    os.kill(in_mid_job().pop(), signal.SIGKILL)
+    out, err = process.communicate(timeout=LONGEST_SECONDS)
+    assert process.returncode == 0 and out.startswith("trained; "), err
+    assert "its worker was lost at step" in err and "going on from step" in err
+    assert trained(place) == expected_of_longer
+    assert not [name for name in place.names() if "checkpoints" in name or name.startswith(("progress", "driver"))]
 
 
 class Wire(threading.Thread):

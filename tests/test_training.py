@@ -278,6 +278,7 @@ def test_progress_is_sane(monkeypatch, second):
     run(x_LND, {7: TOPK, 3: other}, reports)
     steps = [r.step for r in reports]
     assert steps == sorted(steps) and steps[-1] == 20
+    assert {4, 8, 12, 16} <= set(steps)  # chunks that are too quick for a look in between are told of as well
     for r in reports:
         assert (r.model, r.layers, r.num_steps) == ("planted", [3, 7], 20)
         assert r.tokens_per_second > 0 and r.eta_seconds >= 0

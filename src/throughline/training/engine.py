@@ -371,8 +371,9 @@ class _Reporter:
         self._base, self._done, self._share = step, 0.0, 1 / max(1, num_trainers)
 
     def trained(self, steps: int) -> None:
-        """A trainer is through."""
+        """A trainer is through, perhaps too soon for a tick of its own."""
         self._done += steps * self._share
+        self.tick(0)
 
     def tick(self, steps: float) -> None:
         """The trainer at work has done so many steps."""
