@@ -342,8 +342,9 @@ def test_a_training_on_ray_goes_on_at_the_url_when_a_worker_dies(place, machine,
             return {note["pid"] for note in notes if note["step"] and any(name.endswith(STATE_FILE) for name in names)}
         return set()
 
-    wait_until(in_mid_job, process)
-    os.kill(in_mid_job().pop(), signal.SIGKILL)
+    victims: set[int] = set()
+    wait_until(lambda: victims.update(in_mid_job()) or victims, process)
+    os.kill(victims.pop(), signal.SIGKILL)
     out, err = process.communicate(timeout=LONGEST_SECONDS)
     assert process.returncode == 0 and out.startswith("trained; "), err
     assert "its worker was lost at step" in err and "going on from step" in err
