@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from builders import make_codes, random_dictionary, random_documents
+from builders import GivenSide, make_codes, random_dictionary, random_documents
 from throughline.codes import Codes, encode_csr, encode_text
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
@@ -45,11 +45,11 @@ def side_of(model: str, *layers: np.ndarray, residual_LND: np.ndarray | None = N
         residual_LND=residual_LND,
     )
     dictionaries = dictionaries or {i: random_dictionary(4, f.shape[1]) for i, f in enumerate(layers)}
-    return Side(model, dictionaries, codes, codes)
+    return GivenSide(model, dictionaries, codes, codes, codes)
 
 
 def match(source: np.ndarray, target: np.ndarray, min_count: int = 20) -> TransferResult:
-    return Matching().compute(side_of("a", source), side_of("b", target), seed=0, min_count=min_count)
+    return Matching().compute(side_of("a", source), side_of("b", target), seed=0, min_count=min_count)[0]
 
 
 # ---- the parts
@@ -92,7 +92,7 @@ def test_documents_are_shifted_place_by_place():
 def test_a_lone_document_is_not_its_own_neighbour():
     codes = make_codes(DOCUMENTS[:1])
     assert (shift_documents(codes, np.arange(codes.num_tokens), by=1) == -1).all()
-    side = Side("a", {0: random_dictionary(4, 1)}, codes, codes)
+    side = GivenSide("a", {0: random_dictionary(4, 1)}, codes, codes, codes)
     with pytest.raises(InputError, match=r"two held-out documents or more, found 1; [^\n]+$"):
         Matching().compute(side, side, seed=0, min_count=1)
 
@@ -178,7 +178,7 @@ def test_layers_and_widths_keep_their_places():
     shared = sparse_features(30, 16)
     source = side_of("a", sparse_features(50, 17), shared, sparse_features(40, 18))
     target = side_of("b", shared[:, ::-1].copy(), sparse_features(20, 19))
-    result = Matching().compute(source, target, seed=0, min_count=20)
+    result = Matching().compute(source, target, seed=0, min_count=20)[0]
     assert result.arrays["value"].shape == (3, 2) and result.arrays["partner"].shape == (3, 2, 50)
     assert result.arrays["value"][1, 0] == 1
     assert np.delete(result.arrays["value"].ravel(), 2).max() <= 0.05
@@ -219,7 +219,7 @@ def scaled_and_moved(layer: Layer, a: float = 3.0) -> Layer:
 
 
 def reconstruct(*layers: Layer, seed: int = 0) -> dict[str, np.ndarray]:
-    return Reconstruction().compute(side := layered_side("m", *layers), side, seed=seed, min_count=1).arrays
+    return Reconstruction().compute(side := layered_side("m", *layers), side, seed=seed, min_count=1)[0].arrays
 
 
 def layered_side(model: str, *layers: Layer) -> Side:
@@ -281,7 +281,7 @@ def zoo_sides() -> list[Side]:
         model = open_model(ModelSpec(path=name))
         dictionaries = {layer: random_dictionary(model.d_model, 24, k=4, seed=layer) for layer in (1, 3)}
         codes = encode_text(model, dictionaries, collect_rows(documents, model.tokenizer, 64), documents, True)
-        sides.append(Side(name, dictionaries, codes, codes))
+        sides.append(GivenSide(name, dictionaries, codes, codes, codes, language_model=model))
     return sides
 
 
@@ -336,17 +336,22 @@ def test_every_metric_keeps_the_contract(name, layered, zoo_sides, tmp_path):
         pairs += [tuple(zoo_sides), tuple(zoo_sides[::-1])]
     run = RunDir.create(tmp_path / "run", parse_study({"name": "x", "models": ["zoo/gpt2"], "data": {"path": "x"}}))
     for source, target in pairs:
-        result = metric.compute(source, target, seed=0, min_count=10)
+        results = metric.compute(source, target, seed=0, min_count=10)
+        ways = [(source.model, target.model), (target.model, source.model)]
+        assert [(r.info.source, r.info.target) for r in results] == ways[
+            : 1 + (metric.both_ways and source is not target)
+        ]
+        result = results[0]
         info, arrays = result.info, result.arrays
         assert (info.metric, info.source, info.target, info.seed) == (name, source.model, target.model, 0)
-        assert (info.source_layers, info.target_layers) == (source.layers, target.layers)
+        assert (info.source_layers, info.target_layers) == (list(source.dictionaries), list(target.dictionaries))
         assert info.quantity and info.num_tokens > 100 and info.num_documents > 10 and 0 < info.coverage <= 1
         assert info.coverage == 1 or source is not target
         assert (info.null is not None) == ("null" in arrays) and (info.ceiling is not None) == ("ceiling" in arrays)
-        shape = (len(source.layers), len(target.layers))
+        shape = (len(source.dictionaries), len(target.dictionaries))
         assert all(arrays[key].shape == shape for key in ("value", "low", "high", *({"null", "ceiling"} & set(arrays))))
         assert (arrays["low"] <= arrays["value"] + 1e-9).all() and (arrays["value"] <= arrays["high"] + 1e-9).all()
-        again = metric.compute(source, target, seed=0, min_count=10)
+        again = metric.compute(source, target, seed=0, min_count=10)[0]
         run.write_transfer(result)
         for other in (again, run.transfer(name, source.model, target.model)):
             assert other.info == info and other.arrays.keys() == arrays.keys()

@@ -38,8 +38,9 @@ class Matching:
 
     name = "matching"
     across_models = True
+    both_ways = False
 
-    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> TransferResult:
+    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> list[TransferResult]:
         """Arrays value, low, high, null [Ls, Lt]; mean_correlation, null_correlation, threshold [Ls, Lt]; mutual [Ls, Lt],
         the share in mutual-best pairs above the threshold; partner, correlation [Ls, Lt, F]; live [Ls, F]."""
         aligned = align(source.codes, target.codes)
@@ -56,7 +57,7 @@ class Matching:
         ways = {"shifted": shifted[has_other], "shuffled": shuffled}
         there = [_View.of(m[aligned.target_N], min_count, ways) for m in target.codes.layers.values()]
         width = max(view.width for view in here)
-        shape = (len(source.layers), len(target.layers))
+        shape = (len(list(source.dictionaries)), len(list(target.dictionaries)))
         names = ("value", "low", "high", "null", "mean_correlation", "null_correlation", "threshold", "mutual")
         arrays: dict[str, np.ndarray] = {name: np.full(shape, np.nan) for name in names}
         arrays["partner"] = np.full((*shape, width), -1, dtype=np.int32)
@@ -75,8 +76,8 @@ class Matching:
             metric=self.name,
             source=source.model,
             target=target.model,
-            source_layers=source.layers,
-            target_layers=target.layers,
+            source_layers=list(source.dictionaries),
+            target_layers=list(target.dictionaries),
             quantity="share of live source features with a partner in the target layer above the null",
             null="the same share when target tokens are shuffled among the same kind of position (number in the question, …)",
             ceiling=None,
@@ -90,7 +91,7 @@ class Matching:
                 "interval": "bootstrap over features",
             },
         )
-        return TransferResult(info, arrays)
+        return [TransferResult(info, arrays)]
 
 
 class _View(NamedTuple):

@@ -3,7 +3,6 @@
 A metric relates one model's dictionaries (source, rows) to another's or its own (target, columns), on the same documents.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,25 +10,55 @@ import scipy.sparse as sp
 
 from throughline.codes import Codes, reading_order
 from throughline.dictionaries import Dictionary
+from throughline.models import LanguageModel
 from throughline.records import TransferResult
 from throughline.tokens import TokenRows, align_ends
 
 NUM_RESAMPLES = 1000
 
 
-@dataclass(frozen=True)
-class Side:
-    """One model's part: its dictionaries, the codes of the shared text, and of a part of it with the residual stream."""
-
-    model: str
-    dictionaries: dict[int, Dictionary]
-    codes: Codes
-    sample: Codes
+class Side(Protocol):
+    """One model's part of a relation, on the run's shared text. What is costly is made when it is first asked for."""
 
     @property
-    def layers(self) -> list[int]:
-        """Layers in order."""
-        return list(self.dictionaries)
+    def model(self) -> str:
+        """Its name in the study."""
+        ...
+
+    @property
+    def dictionaries(self) -> dict[int, Dictionary]:
+        """By layer, in order."""
+        ...
+
+    @property
+    def twins(self) -> dict[int, Dictionary]:
+        """Dictionaries of the same layers that were trained from another seed; empty if the study has none."""
+        ...
+
+    @property
+    def codes(self) -> Codes:
+        """The shared held-out text."""
+        ...
+
+    @property
+    def twin_codes(self) -> Codes | None:
+        """The same text as the twins read it."""
+        ...
+
+    @property
+    def sample(self) -> Codes:
+        """The first part of that text, with the residual stream."""
+        ...
+
+    @property
+    def fit(self) -> Codes:
+        """Text of the training split with the residual stream, on which maps are fitted."""
+        ...
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model itself."""
+        ...
 
 
 class Metric(Protocol):
@@ -37,9 +66,10 @@ class Metric(Protocol):
 
     name: str
     across_models: bool  # False: only pairs of layers of one model
+    both_ways: bool  # True: one call gives the results of both directions
 
-    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> TransferResult:
-        """The relation of every source layer to every target layer."""
+    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> list[TransferResult]:
+        """The relation of every source layer to every target layer; with `both_ways`, and of two models, the reverse as well."""
         ...
 
 

@@ -26,8 +26,9 @@ class Reconstruction:
 
     name = "reconstruction"
     across_models = False
+    both_ways = False
 
-    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> TransferResult:
+    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> list[TransferResult]:
         """Arrays value, low, high, null, ceiling, raw, l0 [Ls, Lt]."""
         if source.model != target.model:
             raise InputError("reconstruction compares layers of one model; models of other widths need a map")
@@ -41,7 +42,7 @@ class Reconstruction:
         generator = torch.Generator().manual_seed(seed)
         rotation_DD = torch.linalg.qr(torch.randn(x_LND.shape[2], x_LND.shape[2], generator=generator)).Q
         weights_RB = _resampling_weights(documents_N, seed)
-        L = len(source.layers)
+        L = len(list(source.dictionaries))
         names = ("value", "low", "high", "null", "raw", "l0")
         arrays = {name: np.full((L, L), np.nan) for name in names}
         for i, dictionary in enumerate(source.dictionaries.values()):
@@ -57,15 +58,16 @@ class Reconstruction:
                 residual_N, variance_N, _ = _residuals(dictionary, x_LND[j], means_LD[j])
                 arrays["raw"][i, j] = 1 - float(residual_N.sum() / variance_N.sum())
         arrays["ceiling"] = np.broadcast_to(np.diag(arrays["value"]), (L, L)).copy()
-        return TransferResult(self._info(source, num_tokens, len(documents_N.unique()), seed), arrays)
+        info = self._info(source, num_tokens, len(documents_N.unique()), seed)
+        return [TransferResult(info, arrays)]
 
     def _info(self, source: Side, num_tokens: int, num_documents: int, seed: int) -> TransferInfo:
         return TransferInfo(
             metric=self.name,
             source=source.model,
             target=source.model,
-            source_layers=source.layers,
-            target_layers=source.layers,
+            source_layers=list(source.dictionaries),
+            target_layers=list(source.dictionaries),
             quantity="explained variance of the target layer's activations by the source layer's dictionary, "
             "mean and scale matched",
             null="the same with the activations turned by a random rotation",
