@@ -21,7 +21,7 @@ from throughline.study import ModelSpec, parse_study
 from throughline.tokens import collect_rows
 from throughline.transfer import Side, bootstrap_interval
 from throughline.transfer.matching import Matching
-from throughline.transfer.pairs import align, correlate, moments_of, prepare, shift_documents, shuffle_within
+from throughline.transfer.pairs import align, shift_documents
 from throughline.transfer.reconstruction import Reconstruction
 from throughline.zoo.texts import sample_problems
 
@@ -55,26 +55,6 @@ def match(source: np.ndarray, target: np.ndarray, min_count: int = 20) -> Transf
 # ---- the parts
 
 
-def test_correlation_is_pearsons():
-    a, b = sparse_features(12, 1), sparse_features(9, 2)
-    b[:, 3] = a[:, 5] + 0.1 * b[:, 3]
-    a[:, 7] = 0
-    a[:, 8] = 100 + 0.1 * a[:, 8]  # always on, and hardly changes
-    b[:, 2] = 100 + 0.1 * b[:, 2] + a[:, 8]
-    with np.errstate(invalid="ignore"):
-        expected = np.corrcoef(a.astype(np.float64), b.astype(np.float64), rowvar=False)[:12, 12:]
-    expected[7] = 0  # a feature that never fires correlates with nothing
-    np.testing.assert_allclose(correlate(prepare(sp.csr_array(a)), prepare(sp.csr_array(b))), expected, atol=1e-6)
-
-
-def test_moments_count_zeros():
-    a = sparse_features(5, 3)
-    moments = moments_of(sp.csr_array(a))
-    np.testing.assert_array_equal(moments.num_active, (a > 0).sum(0))
-    np.testing.assert_allclose(moments.mean, a.mean(0, dtype=np.float64), rtol=1e-6)
-    np.testing.assert_allclose(moments.deviation, a.std(0, dtype=np.float64), rtol=1e-6)
-
-
 def test_documents_are_shifted_place_by_place():
     codes = make_codes(DOCUMENTS[:7])
     kept = np.flatnonzero(np.random.default_rng(0).random(codes.num_tokens) < 0.8)  # as after an alignment
@@ -95,14 +75,6 @@ def test_a_lone_document_is_not_its_own_neighbour():
     side = GivenSide("a", {0: random_dictionary(4, 1)}, codes, codes, codes)
     with pytest.raises(InputError, match=r"two held-out documents or more, found 1; [^\n]+$"):
         Matching().compute(side, side, seed=0, min_count=1)
-
-
-def test_shuffling_keeps_roles():
-    roles = make_codes(DOCUMENTS).roles_N
-    order = shuffle_within(roles, np.random.default_rng(0))
-    np.testing.assert_array_equal(np.sort(order), np.arange(len(roles)))
-    np.testing.assert_array_equal(roles[order], roles)
-    assert (order != np.arange(len(roles))).mean() > 0.9 and len(np.unique(roles)) >= 4
 
 
 @pytest.mark.parametrize("binary", [True, False])
