@@ -242,7 +242,7 @@ def test_batches_are_computed_in_parts_when_memory_runs_out(monkeypatch, archite
     def run() -> tuple[dict[int, Dictionary], list[str], float]:
         said, reports = [], []
         source, spec = ArraySource(x_LND), TrainingSpec(tokens=1280, batch_tokens=64)
-        found = train(source, specs, spec, model="m", num_layers=3, say=said.append, report=reports.append)
+        found = train(source, specs, spec, model="m", num_layers=3, say=said.append, report=reports.append).own
         return found, said, reports[-1].fvu
 
     expected, said, fvu = run()

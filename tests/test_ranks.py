@@ -117,7 +117,7 @@ def run(
             report=reports.append,
             checkpoints=checkpoints,
             ranks=ranks,
-        )
+        ).own
     return found, reports
 
 
