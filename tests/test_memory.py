@@ -41,6 +41,8 @@ def test_bytes_of_a_layer_are_those_of_its_tensors(by_autograd):
     expected += weights + 4 * 4 * N * F if by_autograd else 0
     assert measure_layer(D, F, C, N, by_autograd).total == pytest.approx(expected, rel=0.02)
     assert measure_layer(D, F, C, N, by_autograd, 2).activations == C * D * 2
+    with_twins = measure_layer(D, F, C, N, by_autograd, num_dictionaries=3)  # one after another where autograd trains
+    assert with_twins.total == pytest.approx(expected + 2 * (4 * weights + stack.W_enc_LFD.numel() * 2), rel=0.02)
 
 
 @settings(max_examples=200, deadline=None)
