@@ -257,7 +257,7 @@ def test_twins_are_counted(devices):
         plan_study(parse_study(STUDY | {"training": STUDY["training"] | {"ceiling_seeds": n}}), parse_devices(devices))
         for n in (0, 2)
     )
-    assert any("each layer's dictionary and 2 twins of it are counted" in line for line in three.assumptions)
+    assert any("each of 3 dictionaries of a layer (training.ceiling_seeds) takes" in line for line in three.assumptions)
     jobs = [sorted(made.jobs, key=lambda job: job.model) for made in (own, three)]
     for one, other in zip(*jobs, strict=True):
         assert (one.model, one.layers) == (other.model, other.layers)

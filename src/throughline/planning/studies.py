@@ -201,10 +201,10 @@ def _assumptions(study: Study, devices: list[PlannedDevice], placement: Placemen
     )
     if any(study.dictionary_for(m).l0 is None for m in study.models):
         lines.append(f"where a penalty decides, {ACTIVE_SHARE:.0%} of the features are active")
-    twins = study.training.ceiling_seeds
-    if twins:
+    if study.training.ceiling_seeds:
         lines.append(
-            f"training.ceiling_seeds: each layer's dictionary and {twins} twin{'s'[: twins > 1]} of it are counted"
+            f"each of {study.training.ceiling_seeds + 1} dictionaries of a layer (training.ceiling_seeds) takes "
+            "as much as one alone; they share the forward pass"
         )
     if len({block.model for block in placement.blocks}) < len(placement.blocks):
         lines.append(
