@@ -246,7 +246,7 @@ class _Side:
 
     @property
     def twins(self) -> dict[int, Dictionary]:
-        return {}
+        return self._session.twins(self.model)
 
     @property
     def codes(self) -> Codes:
@@ -254,7 +254,7 @@ class _Side:
 
     @property
     def twin_codes(self) -> Codes | None:
-        return None
+        return self._session.twin_evaluation(self.model)
 
     @property
     def sample(self) -> Codes:
