@@ -101,8 +101,7 @@ class Flow:
             target=source.model,
             source_layers=list(source.dictionaries),
             target_layers=list(source.dictionaries),
-            quantity="share of a target feature's activation that goes when the source feature with the largest estimated "
-            "effect on it is switched off",
+            quantity="share of a target feature that goes when its strongest cause in the source layer is off",
             null="the same for a random source feature that is active at the target's token",
             ceiling=None,
             num_tokens=sample.num_tokens,
