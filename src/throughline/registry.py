@@ -68,6 +68,7 @@ METRICS = Registry(
     {
         "reconstruction": "throughline.transfer.reconstruction:Reconstruction",
         "matching": "throughline.transfer.matching:Matching",
+        "flow": "throughline.transfer.flow:Flow",
     },
 )
 LABELERS = Registry(
