@@ -68,6 +68,7 @@ METRICS = Registry(
     {
         "reconstruction": "throughline.transfer.reconstruction:Reconstruction",
         "matching": "throughline.transfer.matching:Matching",
+        "similarity": "throughline.transfer.similarity:Similarity",
     },
 )
 LABELERS = Registry(

@@ -7,8 +7,8 @@
        orthogonal  x_j -> (x_j - m_j) R c + m_i;  R = U V^T of C_ji = U S V^T;  c = s_i / s_j, of what R keeps of both layers
        ridge       x_j -> (x_j - m_j) A + m_i;  A = (C_jj + p I)^-1 C_ji, and another such map up
     4. the penalty p is the one of PENALTIES (in units of the mean eigenvalue) that does best on documents held back. Up is
-       meant for the dictionary's reconstructions, so its penalty is chosen on these: weak directions of layer i may tell much of layer j,
-       but a dictionary does not keep them, and a map that counts on them returns noise
+       meant for the dictionary's reconstructions, so its penalty is chosen on these: weak directions of layer i may tell much
+       of layer j, but a dictionary does not keep them, and a map that counts on them returns noise
 
 All sums are float64 and streamed, so a pair of layers holds a few D x D matrices however long the text. Ridge is the stitching of
 Chen et al. 2025 (arXiv 2506.06609), orthogonal the rotation of McCann 2026 (arXiv 2605.24577).

@@ -98,6 +98,14 @@ def _places(rows: TokenRows) -> np.ndarray:
     return places
 
 
+def whole_documents(documents_N: np.ndarray, most: int) -> int:
+    """The largest number of tokens up to `most` that ends with a document (or `most`, if the first is longer)."""
+    if most >= len(documents_N):
+        return len(documents_N)
+    cut = int(np.searchsorted(documents_N, documents_N[most]))
+    return cut or most
+
+
 def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
     """95 % interval of the mean, resampling `values`; NaN if there are none."""
     if not len(values):

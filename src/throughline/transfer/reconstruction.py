@@ -23,7 +23,7 @@ from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.records import TransferInfo, TransferResult
 from throughline.transfer.maps import Fit, FitTokens, LayerMoments, carry, fit_layers, turn
-from throughline.transfer.pairs import NUM_RESAMPLES, Side, align
+from throughline.transfer.pairs import NUM_RESAMPLES, Side, align, whole_documents
 from throughline.transfer.pools import spread
 
 MOST_TOKENS = 3072
@@ -104,12 +104,12 @@ class _Trial:
             raise InputError(
                 "reconstruction found no held-out tokens that end together; give text that both models read"
             )
-        num_tokens = _whole_documents(documents_N, MOST_TOKENS)
+        num_tokens = whole_documents(documents_N, MOST_TOKENS)
         number_N = np.unique(documents_N[:num_tokens], return_inverse=True)[1]
         count = int(number_N.max()) + 1
         draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=NUM_RESAMPLES)
         weights_RB = torch.from_numpy(draws.astype(np.float64))
-        return cls(num_tokens, _whole_documents(number_N, NULL_TOKENS), torch.from_numpy(number_N), weights_RB)
+        return cls(num_tokens, whole_documents(number_N, NULL_TOKENS), torch.from_numpy(number_N), weights_RB)
 
     def interval(self, residual_N: Tensor, variance_N: Tensor) -> tuple[float, float]:
         """95 % of the explained variances of resampled documents."""
@@ -222,11 +222,3 @@ def _num_fit(codes: Codes, tokens_N: np.ndarray) -> int:
         )
     held = max(1, int(len(documents) * CHOICE_SHARE))
     return int(np.searchsorted(documents_N, documents[-held]))
-
-
-def _whole_documents(documents_N: np.ndarray, most: int) -> int:
-    """The largest number of tokens up to `most` that ends with a document (or `most`, if the first is longer)."""
-    if most >= len(documents_N):
-        return len(documents_N)
-    cut = int(np.searchsorted(documents_N, documents_N[most]))
-    return cut or most
