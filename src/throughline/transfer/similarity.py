@@ -112,7 +112,9 @@ class _Trial:
     shuffled_SN: list[Tensor]
     within_role_SN: list[Tensor]
     subset_n: Int[np.ndarray, "n"]
-    shuffled_Sn: list[Tensor]
+    shuffled_SP: list[
+        Tensor
+    ]  # for each pair of the subset's tokens the place, in a flat [n, n] matrix, of another two's
 
     @classmethod
     def of(cls, source: Side, tokens_N: Int[np.ndarray, "N"], seed: int) -> "_Trial":
@@ -138,7 +140,7 @@ class _Trial:
             [torch.from_numpy(rng.permutation(N)) for _ in range(NUM_SHUFFLES)],
             [torch.from_numpy(shuffle_within(roles_N, rng)) for _ in range(NUM_ROLE_SHUFFLES)],
             subset_n,
-            [torch.from_numpy(rng.permutation(len(subset_n))) for _ in range(NUM_SHUFFLES)],
+            [_places_of_pairs(rng.permutation(len(subset_n))) for _ in range(NUM_SHUFFLES)],
         )
 
 
@@ -150,9 +152,8 @@ class _Layer:
     lengths_D: Float[Tensor, "D"]  # norm of each, float64
     num_kept: int  # with VARIANCE_KEPT
     own_GG: Float[Tensor, "G G"]  # products of its blocks with themselves, as `_block_products` has them
-    ranks_nn: Float[
-        Tensor, "n n"
-    ]  # of the distances between the subset's tokens, centred, sum of squares 1; 0 on the diagonal
+    ranks_nn: Float[Tensor, "n n"]  # of the distances between the subset's tokens, centred
+    ranks_P: Float[Tensor, "P"]  # the same, each pair of tokens once; sum of squares 1
 
     @property
     def norm(self) -> float:
@@ -174,9 +175,11 @@ def _open_layers(side: Side, tokens_N: np.ndarray, trial: _Trial) -> list[_Layer
         scores_ND = (x_ND @ basis_DD.flip(1)).float()
         shares_D = squares_D.cumsum(0) / squares_D.sum()
         num_kept = min(int((shares_D < VARIANCE_KEPT).sum()) + 1, len(squares_D))
-        ranks_nn = _rank_distances(x_ND[torch.from_numpy(trial.subset_n).to(exact)])
+        ranks = rankdata(pdist(x_ND.cpu().numpy()[trial.subset_n], "cosine"))
+        ranks = (ranks - ranks.mean()) / np.linalg.norm(ranks - ranks.mean())
+        ranks_nn, ranks_P = (torch.from_numpy(r.astype(np.float32)).to(exact) for r in (squareform(ranks), ranks))
         own_GG, _ = _block_products(scores_ND, scores_ND, trial.starts)
-        return _Layer(scores_ND, squares_D.sqrt(), num_kept, own_GG, ranks_nn)
+        return _Layer(scores_ND, squares_D.sqrt(), num_kept, own_GG, ranks_nn, ranks_P)
 
     return spread(open_layer, range(len(list(side.dictionaries))), exact)
 
@@ -187,14 +190,15 @@ def _compare(a: _Layer, b: _Layer, trial: _Trial) -> dict[str, float]:
     norms = a.norm * b.norm
 
     def shuffled(order_N: Tensor) -> Tensor:
-        return a.scores_ND[order_N.to(a.scores_ND.device)].T @ b.scores_ND
+        return a.scores_ND.index_select(0, order_N.to(a.scores_ND.device)).T @ b.scores_ND
 
     crosses = [shuffled(order_N) for order_N in trial.shuffled_SN]
     nulls = [_square(cross) / norms for cross in crosses]
     roles = [_square(shuffled(order_N)) / norms for order_N in trial.within_role_SN]
     value = _square(cross_DE) / norms
     low, high = _interval(value, products_GG, a.own_GG, b.own_GG, trial.weights_RG)
-    chance = [_correlate_ranks(a.ranks_nn[order_n][:, order_n], b.ranks_nn) for order_n in trial.shuffled_Sn]
+    flat = a.ranks_nn.flatten()
+    chance = [float(flat.index_select(0, places_P.to(flat.device)) @ b.ranks_P) for places_P in trial.shuffled_SP]
     return {
         "value": value,
         "low": low,
@@ -204,7 +208,7 @@ def _compare(a: _Layer, b: _Layer, trial: _Trial) -> dict[str, float]:
         "null_role": float(np.mean(roles)),
         "svcca": _mean_correlation(a, b, cross_DE),
         "null_svcca": float(np.mean([_mean_correlation(a, b, cross) for cross in crosses[:NUM_SVCCA_SHUFFLES]])),
-        "rsa": _correlate_ranks(a.ranks_nn, b.ranks_nn),
+        "rsa": float(a.ranks_P @ b.ranks_P),
         "null_rsa": float(np.mean(chance)),
         "null_rsa_high": float(np.quantile(chance, 0.99)),
     }
@@ -253,13 +257,7 @@ def _mean_correlation(a: _Layer, b: _Layer, cross_DE: Tensor) -> float:
     return float(correlations.clamp_max(1).double().mean())
 
 
-def _rank_distances(x_nD: Tensor) -> Float[Tensor, "n n"]:
-    """Ranks of the cosine distances of all pairs of tokens, centred and with a sum of squares of 1 over the pairs."""
-    ranks = rankdata(pdist(x_nD.cpu().numpy(), "cosine"))
-    ranks -= ranks.mean()
-    return torch.from_numpy(squareform(ranks / np.linalg.norm(ranks)).astype(np.float32))
-
-
-def _correlate_ranks(a_nn: Tensor, b_nn: Tensor) -> float:
-    """Spearman's correlation; every pair of tokens stands twice in the matrices."""
-    return float((a_nn * b_nn).sum(dtype=torch.float64)) / 2
+def _places_of_pairs(order_n: Int[np.ndarray, "n"]) -> Int[Tensor, "P"]:
+    """For tokens a < b, in the order of `pdist`, the place of order[a], order[b] in a flat matrix of all pairs."""
+    first_P, second_P = np.triu_indices(len(order_n), 1)
+    return torch.from_numpy(order_n[first_P] * len(order_n) + order_n[second_P])
