@@ -27,7 +27,7 @@ from throughline.transfer.pairs import NUM_RESAMPLES, Side, align, whole_documen
 from throughline.transfer.pools import spread
 
 MOST_TOKENS = 3072
-NULL_TOKENS = 1024  # the floor needs less precision
+NULL_TOKENS = 512  # the floor needs less precision
 CHOICE_SHARE = 1 / 8  # of the documents for fitting, on which ridge's penalty is chosen
 VARIANTS = ("raw", "scaled", "orthogonal", "ridge")
 HEADLINE = "ridge"
