@@ -10,8 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from builders import GivenSide, make_codes, random_dictionary, random_documents, tiny_model
-from throughline.codes import Codes, encode_csr, encode_text
-from throughline.dictionaries import Dictionary
+from throughline.codes import Codes, encode_text
 from throughline.errors import InputError
 from throughline.models import open_model
 from throughline.records import TransferResult
@@ -21,13 +20,11 @@ from throughline.study import ModelSpec, parse_study
 from throughline.tokens import collect_rows
 from throughline.transfer import Side, bootstrap_interval
 from throughline.transfer.matching import Matching
-from throughline.transfer.pairs import align, shift_documents
-from throughline.transfer.reconstruction import Reconstruction
+from throughline.transfer.pairs import align, correlate, moments_of, prepare, shift_documents, shuffle_within
 from throughline.zoo.texts import sample_problems
 
 DOCUMENTS = random_documents(300, seed=0, answers=True)
 NUM_TOKENS = make_codes(DOCUMENTS).num_tokens
-D, ACTIVE = 24, 3
 
 
 def sparse_features(num_features: int, seed: int, density: float = 0.08) -> np.ndarray:
@@ -55,6 +52,26 @@ def match(source: np.ndarray, target: np.ndarray, min_count: int = 20) -> Transf
 # ---- the parts
 
 
+def test_correlation_is_pearsons():
+    a, b = sparse_features(12, 1), sparse_features(9, 2)
+    b[:, 3] = a[:, 5] + 0.1 * b[:, 3]
+    a[:, 7] = 0
+    a[:, 8] = 100 + 0.1 * a[:, 8]  # always on, and hardly changes
+    b[:, 2] = 100 + 0.1 * b[:, 2] + a[:, 8]
+    with np.errstate(invalid="ignore"):
+        expected = np.corrcoef(a.astype(np.float64), b.astype(np.float64), rowvar=False)[:12, 12:]
+    expected[7] = 0  # a feature that never fires correlates with nothing
+    np.testing.assert_allclose(correlate(prepare(sp.csr_array(a)), prepare(sp.csr_array(b))), expected, atol=1e-6)
+
+
+def test_moments_count_zeros():
+    a = sparse_features(5, 3)
+    moments = moments_of(sp.csr_array(a))
+    np.testing.assert_array_equal(moments.num_active, (a > 0).sum(0))
+    np.testing.assert_allclose(moments.mean, a.mean(0, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(moments.deviation, a.std(0, dtype=np.float64), rtol=1e-6)
+
+
 def test_documents_are_shifted_place_by_place():
     codes = make_codes(DOCUMENTS[:7])
     kept = np.flatnonzero(np.random.default_rng(0).random(codes.num_tokens) < 0.8)  # as after an alignment
@@ -75,6 +92,14 @@ def test_a_lone_document_is_not_its_own_neighbour():
     side = GivenSide("a", {0: random_dictionary(4, 1)}, codes, codes, codes)
     with pytest.raises(InputError, match=r"two held-out documents or more, found 1; [^\n]+$"):
         Matching().compute(side, side, seed=0, min_count=1)
+
+
+def test_shuffling_keeps_roles():
+    roles = make_codes(DOCUMENTS).roles_N
+    order = shuffle_within(roles, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.sort(order), np.arange(len(roles)))
+    np.testing.assert_array_equal(roles[order], roles)
+    assert (order != np.arange(len(roles))).mean() > 0.9 and len(np.unique(roles)) >= 4
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -158,89 +183,6 @@ def test_layers_and_widths_keep_their_places():
     assert (result.arrays["partner"][1, 0, 30:] == -1).all() and not result.arrays["live"][1, 30:].any()
 
 
-# ---- reconstruction
-
-
-Layer = tuple[torch.Tensor, Dictionary]  # activations [N, D] and their dictionary
-
-
-def planted_layer() -> Layer:
-    """Activations that are sums of ACTIVE of D orthonormal directions, off centre, and the dictionary that knows them."""
-    generator = torch.Generator().manual_seed(3)
-    rows_DD = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
-    chosen = torch.rand(NUM_TOKENS, D, generator=generator).topk(ACTIVE, dim=1).indices
-    f_ND = torch.zeros(NUM_TOKENS, D).scatter_(1, chosen, 1 + torch.rand(NUM_TOKENS, ACTIVE, generator=generator))
-    offset_D = torch.randn(D, generator=generator)
-    x_ND = f_ND @ rows_DD + offset_D + 0.05 * torch.randn(NUM_TOKENS, D, generator=generator)
-    return x_ND, Dictionary(
-        "topk", rows_DD.T.contiguous(), -(rows_DD @ offset_D), rows_DD, offset_D, options={"k": ACTIVE}
-    )
-
-
-def turned(layer: Layer) -> Layer:
-    """The same turned by a rotation."""
-    (x_ND, d), generator = layer, torch.Generator().manual_seed(6)
-    R = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
-    return x_ND @ R, replace(d, W_enc=R.T @ d.W_enc, W_dec=d.W_dec @ R, b_dec=d.b_dec @ R)
-
-
-def scaled_and_moved(layer: Layer, a: float = 3.0) -> Layer:
-    """a x + b. Topk is homogeneous: features become a f."""
-    (x_ND, d), b_D = layer, torch.linspace(-4, 4, D)
-    return a * x_ND + b_D, replace(d, b_enc=a * d.b_enc - b_D @ d.W_enc, b_dec=a * d.b_dec + b_D)
-
-
-def reconstruct(*layers: Layer, seed: int = 0) -> dict[str, np.ndarray]:
-    return Reconstruction().compute(side := layered_side("m", *layers), side, seed=seed, min_count=1)[0].arrays
-
-
-def layered_side(model: str, *layers: Layer) -> Side:
-    dictionaries = {i: dictionary for i, (_, dictionary) in enumerate(layers)}
-    features = [encode_csr(dictionary, x_ND).toarray() for x_ND, dictionary in layers]
-    residual_LND = np.stack([x_ND.numpy() for x_ND, _ in layers])
-    return side_of(model, *features, residual_LND=residual_LND, dictionaries=dictionaries)
-
-
-def test_a_rotation_leaves_nothing_but_the_null():
-    arrays = reconstruct(planted_layer(), turned(planted_layer()))
-    assert np.diag(arrays["value"]).min() > 0.97
-    for name in ("value", "raw"):
-        for place in ((0, 1), (1, 0)):
-            assert arrays[name][place] < arrays["null"][place] + 0.1, name
-    assert arrays["null"].max() < 0.5
-
-
-def test_scale_and_mean_do_not_count():
-    arrays = reconstruct(planted_layer(), scaled_and_moved(planted_layer()))
-    np.testing.assert_allclose(arrays["value"], arrays["ceiling"], atol=1e-5)
-    assert arrays["raw"][0, 1] < arrays["ceiling"][0, 1] - 0.1 and arrays["raw"][1, 0] < arrays["ceiling"][1, 0] - 0.1
-    np.testing.assert_allclose(np.diag(arrays["raw"]), np.diag(arrays["value"]), atol=1e-6)
-    np.testing.assert_allclose(arrays["l0"], ACTIVE, atol=0.05)
-
-
-def test_explained_variance_is_that_of_a_loop():
-    """Source layer 0 on the rotated activations, token by token in float64."""
-    layers = planted_layer(), turned(planted_layer())
-    x_i, x_j = (x.double() for x, _ in layers)
-    dictionary = layers[0][1]
-    s_i, s_j = ((x - x.mean(0)).norm(dim=1).mean() for x in (x_i, x_j))
-    left = total = 0.0
-    for x in x_j:
-        z = (x - x_j.mean(0)) * s_i / s_j + x_i.mean(0)
-        pre = z @ dictionary.W_enc.double() + dictionary.b_enc.double()
-        kept = pre.relu() * (pre >= pre.sort().values[-ACTIVE])
-        left += float((z - kept @ dictionary.W_dec.double() - dictionary.b_dec.double()).square().sum())
-        total += float((z - x_i.mean(0)).square().sum())
-    assert reconstruct(*layers)["value"][0, 1] == pytest.approx(1 - left / total, abs=1e-4)
-
-
-def test_reconstruction_is_within_one_model():
-    with pytest.raises(InputError, match=r"one model"):
-        Reconstruction().compute(
-            layered_side("a", planted_layer()), layered_side("b", planted_layer()), seed=0, min_count=1
-        )
-
-
 # ---- two tokenizers
 
 
@@ -298,7 +240,7 @@ def test_codes_are_in_reading_order_with_their_own_activations(zoo_sides):
 def layered() -> Side:
     """A model of random weights, whose features fire at random."""
     model = tiny_model()
-    dictionaries = {layer: random_dictionary(model.d_model, 20, k=ACTIVE, seed=layer) for layer in range(3)}
+    dictionaries = {layer: random_dictionary(model.d_model, 20, k=3, seed=layer) for layer in range(3)}
     codes = encode_text(model, dictionaries, make_codes(DOCUMENTS).rows, DOCUMENTS, keep_residuals=True)
     return GivenSide("org/model-1.5", dictionaries, codes, codes, codes, language_model=model)
 

@@ -69,6 +69,7 @@ METRICS = Registry(
         "reconstruction": "throughline.transfer.reconstruction:Reconstruction",
         "matching": "throughline.transfer.matching:Matching",
         "flow": "throughline.transfer.flow:Flow",
+        "similarity": "throughline.transfer.similarity:Similarity",
     },
 )
 LABELERS = Registry(

@@ -6,6 +6,7 @@ A metric relates one model's dictionaries (source, rows) to another's or its own
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import scipy.sparse as sp
 
 from throughline.codes import Codes, reading_order
 from throughline.dictionaries import Dictionary
@@ -108,6 +109,14 @@ def _places(rows: TokenRows) -> np.ndarray:
     return places
 
 
+def whole_documents(documents_N: np.ndarray, most: int) -> int:
+    """The largest number of tokens up to `most` that ends with a document (or `most`, if the first is longer)."""
+    if most >= len(documents_N):
+        return len(documents_N)
+    cut = int(np.searchsorted(documents_N, documents_N[most]))
+    return cut or most
+
+
 def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
     """95 % interval of the mean, resampling `values`; NaN if there are none."""
     if not len(values):
@@ -134,3 +143,52 @@ def shift_documents(codes: Codes, tokens_N: np.ndarray, by: int) -> np.ndarray:
     place = np.arange(len(documents)) - starts[number]
     other = (number + by) % len(starts)
     return np.where((place < lengths[other]) & (other != number), starts[other] + place, -1)
+
+
+def shuffle_within(roles_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A permutation that moves tokens only among those of their role."""
+    order = np.arange(len(roles_N))
+    for role in np.unique(roles_N):
+        at = np.flatnonzero(roles_N == role)
+        order[at] = rng.permutation(at)
+    return order
+
+
+class Moments(NamedTuple):
+    """What Pearson's r needs of each feature: count of active tokens, mean, and standard deviation."""
+
+    num_active: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def moments_of(matrix: sp.csr_array) -> Moments:
+    """Moments of the columns of a sparse matrix, zeros counted, in float64."""
+    exact = matrix.astype(np.float64)
+    mean = np.asarray(exact.mean(axis=0)).ravel()
+    variance = np.maximum(np.asarray(exact.power(2).mean(axis=0)).ravel() - mean**2, 0)
+    return Moments(np.bincount(matrix.indices, minlength=matrix.shape[1]), mean, np.sqrt(variance))
+
+
+class Columns(NamedTuple):
+    """Features of one layer over N tokens, ready to be correlated with others: float64, with their moments."""
+
+    matrix_NF: sp.csr_array
+    moments: Moments
+
+
+def prepare(matrix_NF: sp.csr_array) -> Columns:
+    """`matrix_NF` in float64, in which a feature that is always on keeps its small deviation beside its large mean."""
+    matrix_NF = sp.csr_array(matrix_NF.astype(np.float64))
+    return Columns(matrix_NF, moments_of(matrix_NF))
+
+
+def correlate(source: Columns, target: Columns) -> np.ndarray:
+    """Pearson's r of every source feature with every target feature over all tokens, [F source, F target].
+
+    r = (sum uv / N - mean_u mean_v) / (sd_u sd_v); only tokens on which both fire enter the sum, so it costs k^2 per token.
+    """
+    products = (source.matrix_NF.T @ target.matrix_NF).toarray() / source.matrix_NF.shape[0]
+    products -= np.outer(source.moments.mean, target.moments.mean)
+    scale = np.outer(source.moments.deviation, target.moments.deviation)
+    return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
