@@ -16,8 +16,8 @@ import scipy.sparse as sp
 from numba import njit
 
 # The sums of a few source features and the target's rows for a block of tokens are to stay in a core's cache together.
-TILE_BYTES = 2**20
-BLOCK_BYTES = 2**19
+TILE_BYTES = 2**19
+BLOCK_BYTES = 2**18
 TILE_ROWS = 1024
 
 
