@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from builders import dictionary_of, random_dictionary
+from builders import GivenSide, dictionary_of, identity_dictionary, random_dictionary
 from planted import (
     ACTIVE,
     Layer,
@@ -19,10 +21,17 @@ from planted import (
     scaled_and_moved,
     turned,
 )
+from throughline.codes import encode_text
 from throughline.errors import InputError
+from throughline.models import open_model
+from throughline.pipeline import _metric_options
+from throughline.quality import evaluate
+from throughline.study import GateSpec, ModelSpec, parse_study
+from throughline.tokens import collect_rows
 from throughline.transfer import Side
 from throughline.transfer.maps import Affine, FitTokens, LayerMoments, Maps, carry, fit_layers
-from throughline.transfer.reconstruction import MOST_TOKENS, Reconstruction
+from throughline.transfer.reconstruction import MOST_TOKENS, Reconstruction, splice_ce
+from throughline.zoo.texts import sample_problems
 
 OFF = ((0, 1), (1, 0))
 
@@ -294,3 +303,48 @@ def test_dictionaries_of_widths_of_their_own():
     assert arrays["l0"][1, 0] == arrays["l0"][1, 1] == 0
     assert abs(arrays["ceiling"][0, 1]) < 1e-3 and abs(arrays["value"][1, 1]) < 0.01
     assert math.isfinite(arrays["value"].sum())
+
+
+# ---- in the model
+
+
+def test_spliced_reconstructions_cost_what_quality_says(zoo_side, monkeypatch):
+    """Quality's own splicing of every carried dictionary; and without the option there is no such array."""
+    carried = []
+
+    def watch(dictionary, side, layer=0):
+        carried.append((dictionary, layer))
+        return splice_ce(dictionary, side, layer)
+
+    monkeypatch.setattr("throughline.transfer.reconstruction.splice_ce", watch)
+    monkeypatch.setattr("throughline.transfer.reconstruction.spread", lambda work, items, device: [*map(work, items)])
+    arrays = Reconstruction(spliced=True).compute(zoo_side, zoo_side, seed=0, min_count=1)[0].arrays
+    model, rows = zoo_side.language_model, zoo_side.sample.rows
+    assert rows.num_tokens < MOST_TOKENS and carried.pop(0) == (None, 0)
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]  # layers 1 and 3
+    assert [layer for _, layer in carried] == [(1, 3)[j] for _, j in places]
+    for place, (dictionary, layer) in zip(places, carried, strict=True):
+        (quality,) = evaluate(model, {layer: dictionary}, rows, rows, GateSpec())
+        assert arrays["delta_ce"][place] == pytest.approx(quality.delta_ce, rel=1e-4)
+        assert 1 - quality.fvu == pytest.approx(arrays["value"][place], abs=1e-4)
+    assert "delta_ce" not in reconstruct(zoo_side)
+    whole = identity_dictionary(model.d_model)
+    assert splice_ce(whole, zoo_side, 1) == pytest.approx(splice_ce(None, zoo_side), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def zoo_side() -> Side:
+    """Two layers of the bundled pythia on forty problems, with random dictionaries."""
+    model, texts = open_model(ModelSpec(path="zoo/pythia")), []
+    dictionaries = {layer: random_dictionary(model.d_model, 48, k=8, seed=layer) for layer in (1, 3)}
+    for split in ("heldout", "train"):
+        documents = list(islice(sample_problems(split, 0), 40))
+        texts.append(encode_text(model, dictionaries, collect_rows(documents, model.tokenizer, 64), documents, True))
+    return GivenSide("zoo/pythia", dictionaries, texts[0], texts[0], texts[1], language_model=model)
+
+
+def test_a_metric_is_given_the_settings_it_names():
+    study = parse_study({"name": "x", "models": ["zoo/gpt2"], "data": {"path": "x"}, "transfer": {"spliced": True}})
+    session = SimpleNamespace(study=study)
+    assert _metric_options(session, "reconstruction") == {"spliced": True}
+    assert _metric_options(session, "similarity") == {}

@@ -6,6 +6,9 @@ A stage's key is made of every setting that its result depends on, and of the ke
 setting redoes exactly what it touches.
 """
 
+import inspect
+from typing import Any
+
 import polars as pl
 import torch
 
@@ -205,7 +208,7 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
     """Every metric for every ordered pair of models it can relate, each model with itself included."""
     study, run = session.study, session.run
     for name in metrics or study.transfer.metrics:
-        metric = METRICS.load(name)()
+        metric = METRICS.load(name)(**_metric_options(session, name))
         for i, source in enumerate(study.models):
             for target in study.models[i:] if metric.both_ways else study.models:
                 if source.name != target.name and not metric.across_models:
@@ -228,9 +231,15 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
     return run.transfers()
 
 
+def _metric_options(session: Session, metric: str) -> dict[str, Any]:
+    """The settings of the study's `transfer` section that a metric's constructor takes, by their names."""
+    taken = inspect.signature(METRICS.load(metric)).parameters
+    return {name: value for name, value in session.study.transfer.model_dump().items() if name in taken}
+
+
 def _transfer_step(session: Session, metric: str, source: ModelSpec, target: ModelSpec) -> tuple[str, str]:
     keys = [_evaluate_step(session, spec)[1] for spec in (source, target)]
-    key = digest_key(*keys, session.study.transfer.min_count, metric)
+    key = digest_key(*keys, session.study.transfer.min_count, metric, *_metric_options(session, metric).items())
     return f"transfer/{METRICS.load(metric).name}/{source.name}/{target.name}", key
 
 

@@ -237,6 +237,7 @@ class TransferSpec(Section):
 
     metrics: list[str] = ["reconstruction", "matching"]
     min_count: int = Field(default=30, ge=1)  # features active on fewer tokens are left out
+    spliced: bool = False  # reconstruction runs each target model with what it carries over, once a pair of layers
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -62,7 +62,10 @@ class Side(Protocol):
 
 
 class Metric(Protocol):
-    """What a metric's file provides."""
+    """What a metric's file provides.
+
+    A class, made without arguments, or with those settings of the study's `transfer` section that its constructor names.
+    """
 
     name: str
     across_models: bool  # False: only pairs of layers of one model

@@ -22,6 +22,7 @@ from throughline.codes import Codes
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.records import TransferInfo, TransferResult
+from throughline.splicing import measure_ce
 from throughline.transfer.maps import Fit, FitTokens, LayerMoments, carry, fit_layers, turn
 from throughline.transfer.pairs import NUM_RESAMPLES, Side, align, whole_documents
 from throughline.transfer.pools import spread
@@ -40,23 +41,39 @@ class Reconstruction:
     across_models = True
     both_ways = True
 
+    def __init__(self, spliced: bool = False) -> None:
+        """`spliced`: also `delta_ce`, which runs the target model for every pair of layers."""
+        self._spliced = spliced
+
     def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> list[TransferResult]:
         """Arrays [Ls, Lt]: value, low, high, null, l0 (of ridge), ceiling, twin_ceiling, round_trip; raw, scaled, orthogonal,
-        ridge, and of those that are not `value` l0_NAME and null_NAME. Where widths differ raw and scaled are NaN."""
+        ridge, and of those that are not `value` l0_NAME and null_NAME; delta_ce if `spliced`. Where widths differ raw and scaled
+        are NaN."""
         read, held = align(source.fit, target.fit), align(source.sample, target.sample)
         within = source.model == target.model
         trial = _Trial.of(source.sample.documents_N[held.source_N], seed)
         here = _open_layers(source, read.source_N, held.source_N, trial, seed)
         there = here if within else _open_layers(target, read.target_N, held.target_N, trial, seed)
         cells = [(i, j) for i in range(len(here)) for j in range(len(there)) if not within or i <= j]
+        sides = {side.model: side for side in (source, target)} if self._spliced else {}
+        clean = {model: splice_ce(None, side) for model, side in sides.items()}
+
+        def splice(a: _Layer, b: _Layer, fit: Fit, side: Side) -> dict[str, float]:
+            if not self._spliced:
+                return {}
+            carried = carry(a.dictionary, fit.maps_for(HEADLINE, a.dictionary))
+            return {"delta_ce": splice_ce(carried, side, b.layer) - clean[side.model]}
 
         def relate(cell: tuple[int, int]) -> tuple[dict[str, float], dict[str, float]]:
             a, b = here[cell[0]], there[cell[1]]
             fit = fit_layers(b.moments, a.moments)
-            forth = _explain(a, b, fit, trial)
-            return forth, forth if a is b else _explain(b, a, fit.reversed, trial)
+            forth = _explain(a, b, fit, trial) | splice(a, b, fit, target)
+            if a is b:
+                return forth, forth
+            return forth, _explain(b, a, fit.reversed, trial) | splice(b, a, fit.reversed, source)
 
-        forth, back = _empty(len(here), len(there)), _empty(len(there), len(here))
+        beside = ("delta_ce",) if self._spliced else ()
+        forth, back = _empty(len(here), len(there), beside), _empty(len(there), len(here), beside)
         for (i, j), (one, other) in zip(cells, spread(relate, cells, here[0].device), strict=True):
             for name in one:
                 forth[name][i, j] = one[name]
@@ -125,6 +142,7 @@ class _Trial:
 class _Layer:
     """One layer: what its dictionary is, what maps to and from it need, and its activations on the trial's tokens."""
 
+    layer: int
     dictionary: Dictionary
     turned: Dictionary
     moments: LayerMoments
@@ -160,13 +178,13 @@ def _open_layers(side: Side, fit_N: np.ndarray, held_N: np.ndarray, trial: _Tria
         exact = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         moments = LayerMoments.of(FitTokens(fit_x_LMD[index], fit_N, num_fit, exact))
         x_ND = torch.from_numpy(held_x_LMD[index][tokens_N]).to(device)
-        variance_N = (x_ND - x_ND.double().mean(0).float()).square().sum(1).cpu().double()
+        variance_N = (x_ND - x_ND.mean(0)).square().sum(1).cpu().double()
         own, other = (
             1 - float(_unexplained(one, x_ND)[0].sum() / variance_N.sum()) if one else math.nan
             for one in (dictionary, twin)
         )
         turned = carry(dictionary, turn(moments.mean_D, rotation_DD.to(exact)))
-        return _Layer(dictionary, turned, moments, held_x_LMD[index], tokens_N, variance_N, own, other)
+        return _Layer(layer, dictionary, turned, moments, held_x_LMD[index], tokens_N, variance_N, own, other)
 
     device = next(iter(side.dictionaries.values())).W_enc.device
     return spread(open_layer, list(enumerate(side.dictionaries)), device)
@@ -204,10 +222,19 @@ def _unexplained(dictionary: Dictionary, x_ND: Tensor) -> tuple[Tensor, float]:
     return torch.cat(residuals), active / len(x_ND)
 
 
-def _empty(rows: int, columns: int) -> dict[str, np.ndarray]:
+def splice_ce(dictionary: Dictionary | None, side: Side, layer: int = 0) -> float:
+    """CE of a side's model on the first rows of its sample, nats per predicted token, with `dictionary` in the place of the stream
+    after block `layer`; with None, of the model as it is."""
+    rows = side.sample.rows
+    enough = int(np.searchsorted(rows.keep.sum(1).cumsum(), MOST_TOKENS)) + 1
+    replacements = {} if dictionary is None else {layer: dictionary.reconstruct}
+    return measure_ce(side.language_model, rows.select(slice(enough)), replacements)
+
+
+def _empty(rows: int, columns: int, more: tuple[str, ...]) -> dict[str, np.ndarray]:
     """All arrays of a result without any value."""
     beside = [f"{kind}_{name}" for name in VARIANTS if name != HEADLINE for kind in ("l0", "null")]
-    names = ("value", "low", "high", "null", "l0", "ceiling", "twin_ceiling", "round_trip", *VARIANTS, *beside)
+    names = ("value", "low", "high", "null", "l0", "ceiling", "twin_ceiling", "round_trip", *VARIANTS, *beside, *more)
     return {name: np.full((rows, columns), np.nan) for name in names if name != "null_raw"}
 
 
