@@ -3,10 +3,11 @@
     p[u, v] = sum_t f_u(t) g_v(t)        c[u, v] = number of tokens on which both fire
     r[u, v] = (p / N - mean_u mean_v) / (deviation_u deviation_v), Pearson's correlation over N tokens, zeros counted
 
-A row of these sums, one source feature with all target features, is gathered in an array that stays in the cache, made into
-correlations, and forgotten but for its best entry and the best of every column. So memory grows with the number of features,
-never with that of their pairs (16k features: 2 GB for each sum), and a pair of layers costs N k k' additions for k and k' active
-features a token. Sums are float64 and run over the tokens in order: how many threads there are changes nothing.
+A few rows of these sums, some source features with all target features, are gathered where they stay in the cache, made into
+correlations, and forgotten but for the best of every row and column. So memory grows with the number of features, never with that
+of their pairs (16k features: 2 GB for each sum), and a pair of layers costs N k k' additions for k and k' active features a token.
+Sums are float64 and run over the tokens in order: how many threads there are changes nothing. They are looked at after each of
+`cuts` tokens, so that a part of the tokens that stands first is related for nothing.
 """
 
 from typing import Any, NamedTuple
@@ -15,56 +16,92 @@ import numpy as np
 import scipy.sparse as sp
 from numba import njit
 
-# The sums of a few source features and the target's rows for a block of tokens are to stay in a core's cache together.
+# The sums of a few source features and the target's features for a block of tokens are to stay in a core's cache together.
 TILE_BYTES = 2**19
 BLOCK_BYTES = 2**18
 TILE_ROWS = 1024
+GROUP = 4  # a token's target features are padded to groups: an inner loop without branches
+
+
+class Moments(NamedTuple):
+    """By cut [C] and feature: tokens that count, those on which the feature fires, mean, 1 / deviation (0 if it never changes)."""
+
+    num_C: np.ndarray
+    count_CF: np.ndarray
+    mean_CF: np.ndarray
+    scale_CF: np.ndarray
+
+    @classmethod
+    def of(cls, num_C: np.ndarray, sums: tuple[np.ndarray, np.ndarray, np.ndarray]) -> "Moments":
+        """From how often, the sum, and the sum of squares."""
+        count_CF, sum_CF, square_CF = sums
+        num_C1 = np.maximum(num_C, 1)[:, None]
+        mean_CF = sum_CF / num_C1
+        deviation_CF = np.sqrt(np.maximum(square_CF / num_C1 - mean_CF**2, 0))
+        scale_CF = np.divide(1, deviation_CF, out=np.zeros_like(deviation_CF), where=deviation_CF > 0)
+        return cls(num_C, count_CF, mean_CF, scale_CF)
 
 
 class SourceFeatures(NamedTuple):
     """The live features of a layer and, one after another, the tokens on which they fire: A activations of U features."""
 
-    width: int  # of the dictionary
     features: np.ndarray  # ids of the live ones [U]
     starts_U: np.ndarray  # int64 [U + 1]
-    tokens_A: np.ndarray  # int32, ascending for each feature
+    tokens_A: np.ndarray  # uint32, ascending for each feature
     values_A: np.ndarray  # float32
 
     @classmethod
-    def of(cls, matrix_NF: sp.csr_array, tokens_N: np.ndarray, min_count: int) -> "SourceFeatures":
-        """Features that fire on `min_count` or more of the tokens chosen by index; tokens are numbered as they are chosen."""
-        chosen = matrix_NF[tokens_N] if len(tokens_N) != matrix_NF.shape[0] else matrix_NF
-        columns = chosen.tocsc()
-        counts = np.diff(columns.indptr)
-        live = np.flatnonzero(counts >= min_count)
+    def of(cls, matrix_RF: sp.csr_array, rows_N: np.ndarray, min_count: int) -> "SourceFeatures":
+        """Features that fire on `min_count` or more of these rows; tokens are numbered in their order."""
+        columns = matrix_RF[rows_N].tocsc()
+        live = np.flatnonzero(np.diff(columns.indptr) >= min_count)
         if len(live) < columns.shape[1]:
             columns = columns[:, live]
-        starts_U, tokens_A = columns.indptr.astype(np.int64), columns.indices.astype(np.int32)
-        return cls(matrix_NF.shape[1], live, starts_U, tokens_A, columns.data)
+        return cls(live, columns.indptr.astype(np.int64), columns.indices.astype(np.uint32), columns.data)
+
+    def moments(self, is_met_N: np.ndarray, cuts: np.ndarray) -> Moments:
+        """Over the tokens that meet one of the target's."""
+        num_C = np.cumsum(is_met_N)[cuts - 1]
+        return Moments.of(num_C, _moments_of_columns(*self[1:], is_met_N, cuts))
+
+    def tokens_of(self, u: int) -> np.ndarray:
+        """Where the u-th live feature fires."""
+        return self.tokens_A[self.starts_U[u] : self.starts_U[u + 1]]
 
 
 class TargetTokens(NamedTuple):
-    """The tokens of a layer in a source's order and, one after another, the live features that fire on each."""
+    """The tokens of a layer in a source's order and, one after another, the live features that fire on each, in padded groups."""
 
-    width: int
     features: np.ndarray  # ids of the live ones [V]
-    starts_N: np.ndarray  # int64 [N + 1]
-    features_B: np.ndarray  # int32, 0 to V - 1
-    values_B: np.ndarray  # float32
+    starts_N: np.ndarray  # int64 [N + 1], counts groups
+    features_B: np.ndarray  # 0 to V - 1, V for padding
+    values_B: np.ndarray  # float32, 0 for padding
     is_met_N: np.ndarray  # False: the source's token meets none, and does not count
+    cuts: np.ndarray
+    moments: Moments
 
     @classmethod
-    def of(cls, matrix_RF: sp.csr_array, features: np.ndarray, rows_N: np.ndarray) -> "TargetTokens":
+    def of(cls, matrix_RF: sp.csr_array, features: np.ndarray, rows_N: np.ndarray, cuts: np.ndarray) -> "TargetTokens":
         """These features at the rows that the source's tokens meet, one by one; -1 where they meet none."""
         number_F = np.full(matrix_RF.shape[1], -1, np.int32)
         number_F[features] = np.arange(len(features))
         given = (matrix_RF.indptr.astype(np.int64), matrix_RF.indices.astype(np.int32, copy=False), matrix_RF.data)
-        starts_N, features_B, values_B = _gather(rows_N.astype(np.int64), *given, number_F)
-        return cls(matrix_RF.shape[1], features, starts_N, features_B, values_B, rows_N >= 0)
+        dtype = np.uint16 if len(features) < 2**16 else np.uint32
+        gathered = _gather(rows_N.astype(np.int64), *given, number_F, len(features), dtype(0))
+        sums = _moments_of_rows(*gathered, len(features), cuts)
+        moments = Moments.of(np.cumsum(rows_N >= 0)[cuts - 1], sums)
+        return cls(features, *gathered, rows_N >= 0, cuts, moments)
+
+    def columns(self) -> sp.csc_array:
+        """Where each live feature fires, as a sparse [N, V] matrix."""
+        real = self.features_B < len(self.features)
+        numbers = np.repeat(np.arange(len(self.starts_N) - 1), GROUP * np.diff(self.starts_N))
+        shape = (len(self.starts_N) - 1, len(self.features))
+        return sp.csc_array((self.values_B[real], (numbers[real], self.features_B[real].astype(np.int32))), shape=shape)
 
 
 def live_features(matrix_RF: sp.csr_array, rows_N: np.ndarray, min_count: int) -> np.ndarray:
-    """Ids of the features that fire on `min_count` or more of these tokens."""
+    """Ids of the features that fire on `min_count` or more of these rows."""
     counts_R = np.bincount(rows_N, minlength=matrix_RF.shape[0])
     return np.flatnonzero((matrix_RF != 0).T @ counts_R >= min_count)
 
@@ -80,165 +117,149 @@ class Best(NamedTuple):
 
 
 class Related(NamedTuple):
-    """Two layers: the best partners in both directions, and pairs that nearly imply one another."""
+    """Two layers: the best partners in both directions at each cut, and of all tokens pairs that nearly imply one another."""
 
-    source: Best
-    target: Best
+    source: list[Best]
+    target: list[Best]
     r_UV: np.ndarray | None  # all correlations, if asked for
     strong: np.ndarray  # [pairs, 3] indices of a source and a target feature, and on how many tokens both fire
 
 
 def relate(
-    source: SourceFeatures, target: TargetTokens, *, strength: float = 2.0, with_matrix: bool = False
+    source: SourceFeatures, moments: Moments, target: TargetTokens, *, strength: float = 2.0, with_matrix: bool = False
 ) -> Related:
-    """Relate every source feature to every target feature.
+    """Relate every source feature to every target feature; `moments` are the source's over the tokens that meet the target's.
 
     `strong` lists pairs in which one feature fires on a share of at least `strength` of the other's tokens.
     """
-    num, ours, theirs = _moments(source, target)
-    U, V = len(source.features), len(target.features)
-    best = [_Empty.of(U), _Empty.of(V)]
+    C, U, V = len(target.cuts), len(source.features), len(target.features)
+    best = [(np.full((C, F), -np.inf), np.zeros((C, F), np.int64), np.zeros((C, F), np.int64)) for F in (U, V)]
     r_UV = np.zeros((U, V) if with_matrix else (0, 0))
-    strong = _relate(*source[2:], *target[2:5], num, *ours, *theirs, strength, *best[0], *best[1], r_UV)
-    one = Best(source.features, ours[0], *best[0])
-    other = Best(target.features, theirs[0], *best[1])
-    return Related(one, other, r_UV if with_matrix else None, strong)
+    strong = _relate(
+        *source[1:], *target[1:4], target.cuts, *moments, *target.moments[1:], strength, *best[0], *best[1], r_UV
+    )
+    return Related(
+        [Best(source.features, moments.count_CF[c], *(array[c] for array in best[0])) for c in range(C)],
+        [Best(target.features, target.moments.count_CF[c], *(array[c] for array in best[1])) for c in range(C)],
+        r_UV if with_matrix else None,
+        strong,
+    )
 
 
-def best_by_chance(source: SourceFeatures, target: TargetTokens) -> tuple[np.ndarray, np.ndarray]:
-    """The highest correlation of each source and of each target feature, for tokens that were put together by chance."""
-    num, ours, theirs = _moments(source, target)
-    best_U, best_V = (np.full(len(features), -np.inf) for features in (source.features, target.features))
-    _best_by_chance(*source[2:], *target[2:5], num, *ours[1:], *theirs[1:], best_U, best_V)
-    return best_U, best_V
+def best_by_chance(source: SourceFeatures, moments: Moments, target: TargetTokens) -> tuple[np.ndarray, np.ndarray]:
+    """The highest correlation of each source [C, U] and target feature [C, V], for tokens put together by chance."""
+    best = [np.full((len(target.cuts), len(side.features)), -np.inf) for side in (source, target)]
+    _best_by_chance(*source[1:], *target[1:4], target.cuts, *moments, *target.moments[1:], *best)
+    return best[0], best[1]
 
 
-def best_by_groups(source: SourceFeatures, target: TargetTokens, group_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The highest correlation of each source and each target feature if tokens were shuffled within their groups.
+def best_by_groups(
+    source: SourceFeatures, moments: Moments, target: TargetTokens, group_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The highest correlation of each source and each target feature if all tokens were shuffled within their groups.
 
     In the mean over all shuffles, in closed form: the covariance of the groups' means.
     """
-    num, ours, theirs = _moments(source, target)
-    num_groups = int(group_N.max(initial=0)) + 1
-    sums_UG, sums_VG = _sums_by_group(*source[2:], *target[2:5], len(theirs[0]), group_N.astype(np.int64), num_groups)
+    num_groups, num = int(group_N.max(initial=0)) + 1, int(moments.num_C[-1])
+    groups = (group_N.astype(np.int64), num_groups)
+    sums_UG = _sums_of_columns(*source[1:], *groups)
+    sums_VG = _sums_of_rows(*target[1:4], len(target.features), *groups)
     share_G = 1 / np.maximum(np.bincount(group_N, minlength=num_groups), 1)
-    best_U, best_V = (np.full(len(side[0]), -np.inf) for side in (ours, theirs))
+    best_U, best_V = (np.full(len(side.features), -np.inf) for side in (source, target))
+    (mean_U, scale_U), (mean_V, scale_V) = ((m.mean_CF[-1], m.scale_CF[-1]) for m in (moments, target.moments))
     for first in range(0, len(best_U), TILE_ROWS):
         tile = slice(first, first + TILE_ROWS)
-        r = (sums_UG[tile] * share_G) @ sums_VG.T / num - np.outer(ours[1][tile], theirs[1])
-        r *= np.outer(ours[2][tile], theirs[2])
+        r = (sums_UG[tile] * share_G) @ sums_VG.T / num - np.outer(mean_U[tile], mean_V)
+        r *= np.outer(scale_U[tile], scale_V)
         best_U[tile], best_V = r.max(1), np.maximum(best_V, r.max(0))
     return best_U, best_V
-
-
-def masses_of(source: SourceFeatures, target: TargetTokens) -> tuple[np.ndarray, np.ndarray]:
-    """Summed activations of the live features of both."""
-    num, ours, theirs = _moments(source, target)
-    return ours[1] * num, theirs[1] * num
-
-
-class _Empty(NamedTuple):
-    correlation: np.ndarray
-    partner: np.ndarray
-    both: np.ndarray
-
-    @classmethod
-    def of(cls, num: int) -> "_Empty":
-        return cls(np.full(num, -np.inf), np.zeros(num, np.int64), np.zeros(num, np.int64))
-
-
-_Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _moments(source: SourceFeatures, target: TargetTokens) -> tuple[int, _Moments, _Moments]:
-    """How many tokens meet; count of active tokens, mean, and 1 / deviation (0 for what never changes) of both sides' features."""
-    num = int(target.is_met_N.sum())
-    ours = _moments_of_columns(*source[2:], target.is_met_N)
-    theirs = _moments_of_rows(target.features_B, target.values_B, len(target.features))
-    return num, _scaled(max(1, num), *ours), _scaled(max(1, num), *theirs)
-
-
-def _scaled(
-    num: int, counts: np.ndarray, sums: np.ndarray, squares: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    mean = sums / num
-    deviation = np.sqrt(np.maximum(squares / num - mean**2, 0))
-    return counts, mean, np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
 
 
 # ---- compiled
 
 
 @njit(nogil=True, cache=True)
-def _gather(rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F: Any) -> Any:
+def _gather(
+    rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F: Any, padding: int, zero: Any
+) -> Any:
     starts_N = np.zeros(len(rows_N) + 1, np.int64)
-    most = 0
-    for row in rows_N:
-        most += starts_R[row + 1] - starts_R[row] if row >= 0 else 0
-    features_B, values_B, num = np.empty(most, np.int32), np.empty(most, np.float32), 0
     for n in range(len(rows_N)):
-        row = rows_N[n]
+        num, row = 0, rows_N[n]
+        if row >= 0:
+            for a in range(starts_R[row], starts_R[row + 1]):
+                num += 1 if number_F[features_A[a]] >= 0 else 0
+        starts_N[n + 1] = starts_N[n] + (num + GROUP - 1) // GROUP
+    size = GROUP * starts_N[-1]
+    features_B, values_B = np.full(size, zero + padding).astype(type(zero)), np.zeros(size, np.float32)
+    for n in range(len(rows_N)):
+        b, row = GROUP * starts_N[n], rows_N[n]
         if row >= 0:
             for a in range(starts_R[row], starts_R[row + 1]):
                 number = number_F[features_A[a]]
                 if number >= 0:
-                    features_B[num], values_B[num] = number, values_A[a]
-                    num += 1
-        starts_N[n + 1] = num
-    return starts_N, features_B[:num], values_B[:num]
+                    features_B[b], values_B[b] = number, values_A[a]
+                    b += 1
+    return starts_N, features_B, values_B
 
 
 @njit(nogil=True, cache=True)
-def _moments_of_columns(starts_U: Any, tokens_A: Any, values_A: Any, is_met_N: Any) -> Any:
-    U = len(starts_U) - 1
-    counts, sums, squares = np.zeros(U, np.int64), np.zeros(U), np.zeros(U)
+def _moments_of_columns(starts_U: Any, tokens_A: Any, values_A: Any, is_met_N: Any, cuts: Any) -> Any:
+    C, U = len(cuts), len(starts_U) - 1
+    counts, sums, squares = np.zeros((C, U), np.int64), np.zeros((C, U)), np.zeros((C, U))
     for u in range(U):
-        for a in range(starts_U[u], starts_U[u + 1]):
-            if is_met_N[tokens_A[a]]:
-                value = np.float64(values_A[a])
-                counts[u] += 1
-                sums[u] += value
-                squares[u] += value * value
+        count, total, square, a = 0, 0.0, 0.0, starts_U[u]
+        for c in range(C):
+            while a < starts_U[u + 1] and tokens_A[a] < cuts[c]:
+                if is_met_N[tokens_A[a]]:
+                    value = np.float64(values_A[a])
+                    count += 1
+                    total += value
+                    square += value * value
+                a += 1
+            counts[c, u], sums[c, u], squares[c, u] = count, total, square
     return counts, sums, squares
 
 
 @njit(nogil=True, cache=True)
-def _moments_of_rows(features_B: Any, values_B: Any, num_features: int) -> Any:
-    counts, sums, squares = np.zeros(num_features, np.int64), np.zeros(num_features), np.zeros(num_features)
-    for b in range(len(features_B)):
-        v, value = features_B[b], np.float64(values_B[b])
-        counts[v] += 1
-        sums[v] += value
-        squares[v] += value * value
-    return counts, sums, squares
+def _moments_of_rows(starts_N: Any, features_B: Any, values_B: Any, V: int, cuts: Any) -> Any:
+    C, begin = len(cuts), 0
+    counts, sums, squares = np.zeros((C, V + 1), np.int64), np.zeros((C, V + 1)), np.zeros((C, V + 1))
+    for c in range(C):
+        if c > 0:
+            counts[c], sums[c], squares[c] = counts[c - 1], sums[c - 1], squares[c - 1]
+        for b in range(GROUP * starts_N[begin], GROUP * starts_N[cuts[c]]):
+            v, value = features_B[b], np.float64(values_B[b])
+            counts[c, v] += 1
+            sums[c, v] += value
+            squares[c, v] += value * value
+        begin = cuts[c]
+    return counts[:, :V].copy(), sums[:, :V].copy(), squares[:, :V].copy()
 
 
 @njit(nogil=True, cache=True)
-def _sums_by_group(
-    starts_U: Any,
-    tokens_A: Any,
-    values_A: Any,
-    starts_N: Any,
-    features_B: Any,
-    values_B: Any,
-    V: int,
-    group_N: Any,
-    num_groups: int,
-) -> Any:
-    sums_UG, sums_VG = np.zeros((len(starts_U) - 1, num_groups)), np.zeros((V, num_groups))
+def _sums_of_columns(starts_U: Any, tokens_A: Any, values_A: Any, group_N: Any, num_groups: int) -> Any:
+    sums_UG = np.zeros((len(starts_U) - 1, num_groups))
     for u in range(len(starts_U) - 1):
         for a in range(starts_U[u], starts_U[u + 1]):
             sums_UG[u, group_N[tokens_A[a]]] += values_A[a]
+    return sums_UG
+
+
+@njit(nogil=True, cache=True)
+def _sums_of_rows(
+    starts_N: Any, features_B: Any, values_B: Any, V: int, group_N: Any, num_groups: int
+) -> Any:
+    sums_VG = np.zeros((V + 1, num_groups))
     for n in range(len(starts_N) - 1):
-        for b in range(starts_N[n], starts_N[n + 1]):
+        for b in range(GROUP * starts_N[n], GROUP * starts_N[n + 1]):
             sums_VG[features_B[b], group_N[n]] += values_B[b]
-    return sums_UG, sums_VG
+    return sums_VG[:V].copy()
 
 
 @njit(nogil=True, cache=True)
 def _tokens_of_a_block(starts_N: Any) -> int:
     """How many tokens' target features fit into the cache."""
-    return max(1, (len(starts_N) - 1) * BLOCK_BYTES // max(1, 8 * starts_N[-1]))
+    return max(1, (len(starts_N) - 1) * BLOCK_BYTES // max(1, 6 * GROUP * starts_N[-1]))
 
 
 @njit(nogil=True, cache=True)
@@ -249,57 +270,72 @@ def _relate(
     starts_N: Any,
     features_B: Any,
     values_B: Any,
-    num: int,
-    count_U: Any,
-    mean_U: Any,
-    scale_U: Any,
-    count_V: Any,
-    mean_V: Any,
-    scale_V: Any,
+    cuts: Any,
+    num_C: Any,
+    count_CU: Any,
+    mean_CU: Any,
+    scale_CU: Any,
+    count_CV: Any,
+    mean_CV: Any,
+    scale_CV: Any,
     strength: float,
-    best_U: Any,
-    partner_U: Any,
-    both_U: Any,
-    best_V: Any,
-    partner_V: Any,
-    both_V: Any,
+    best_CU: Any,
+    partner_CU: Any,
+    both_CU: Any,
+    best_CV: Any,
+    partner_CV: Any,
+    both_CV: Any,
     r_UV: Any,
 ) -> Any:
-    U, V, N = len(count_U), len(count_V), len(starts_N) - 1
-    tile, block = max(1, TILE_BYTES // (16 * max(1, V))), _tokens_of_a_block(starts_N)
-    sums = np.zeros((min(tile, U), V, 2))  # product and count side by side, so that both are fetched at once
+    C, U, V = len(cuts), count_CU.shape[1], count_CV.shape[1]
+    tile, block = max(1, TILE_BYTES // (16 * (V + 1))), _tokens_of_a_block(starts_N)
+    sums = np.zeros((min(tile, U), V + 1, 2))  # product and count side by side, so that both are fetched at once
     place_U = starts_U[:-1].copy()
     strong, num_strong = np.empty((256, 3), np.int64), 0
     for first in range(0, U, tile):
-        last = min(first + tile, U)
+        last, begin = min(first + tile, U), 0
         sums[:] = 0
-        for begin in range(0, N, block):
+        for c in range(C):
+            for start in range(begin, cuts[c], block):
+                end = min(start + block, cuts[c])
+                for u in range(first, last):
+                    of_u, a, stop = sums[u - first], place_U[u], starts_U[u + 1]
+                    while a < stop and tokens_A[a] < end:
+                        n, value = tokens_A[a], np.float64(values_A[a])
+                        for group in range(starts_N[n], starts_N[n + 1]):
+                            b = np.uint64(GROUP * group)
+                            v0, v1 = features_B[b], features_B[b + np.uint64(1)]
+                            v2, v3 = features_B[b + np.uint64(2)], features_B[b + np.uint64(3)]
+                            of_u[v0, 0] += value * values_B[b]
+                            of_u[v0, 1] += 1
+                            of_u[v1, 0] += value * values_B[b + np.uint64(1)]
+                            of_u[v1, 1] += 1
+                            of_u[v2, 0] += value * values_B[b + np.uint64(2)]
+                            of_u[v2, 1] += 1
+                            of_u[v3, 0] += value * values_B[b + np.uint64(3)]
+                            of_u[v3, 1] += 1
+                        a += 1
+                    place_U[u] = a
+            begin = cuts[c]
             for u in range(first, last):
-                of_u, a = sums[u - first], place_U[u]
-                while a < starts_U[u + 1] and tokens_A[a] < begin + block:
-                    n, value = tokens_A[a], np.float64(values_A[a])
-                    for b in range(starts_N[n], starts_N[n + 1]):
-                        of_u[features_B[b], 0] += value * values_B[b]
-                        of_u[features_B[b], 1] += 1
-                    a += 1
-                place_U[u] = a
-        for u in range(first, last):
-            for v in range(V):
-                both = np.int64(sums[u - first, v, 1])
-                r = (sums[u - first, v, 0] / num - mean_U[u] * mean_V[v]) * scale_U[u] * scale_V[v]
-                if len(r_UV):
-                    r_UV[u, v] = r
-                if r > best_U[u]:
-                    best_U[u], partner_U[u], both_U[u] = r, v, both
-                if r > best_V[v]:
-                    best_V[v], partner_V[v], both_V[v] = r, u, both
-                if both >= strength * min(count_U[u], count_V[v]):
-                    if num_strong == len(strong):
-                        longer = np.empty((2 * len(strong), 3), np.int64)
-                        longer[:num_strong] = strong
-                        strong = longer
-                    strong[num_strong, 0], strong[num_strong, 1], strong[num_strong, 2] = u, v, both
-                    num_strong += 1
+                for v in range(V):
+                    both = np.int64(sums[u - first, v, 1])
+                    r = (sums[u - first, v, 0] / num_C[c] - mean_CU[c, u] * mean_CV[c, v]) * scale_CU[c, u] * scale_CV[c, v]
+                    if r > best_CU[c, u]:
+                        best_CU[c, u], partner_CU[c, u], both_CU[c, u] = r, v, both
+                    if r > best_CV[c, v]:
+                        best_CV[c, v], partner_CV[c, v], both_CV[c, v] = r, u, both
+                    if c < C - 1:
+                        continue
+                    if len(r_UV):
+                        r_UV[u, v] = r
+                    if both >= strength * min(count_CU[c, u], count_CV[c, v]):
+                        if num_strong == len(strong):
+                            longer = np.empty((2 * len(strong), 3), np.int64)
+                            longer[:num_strong] = strong
+                            strong = longer
+                        strong[num_strong, 0], strong[num_strong, 1], strong[num_strong, 2] = u, v, both
+                        num_strong += 1
     return strong[:num_strong]
 
 
@@ -311,32 +347,42 @@ def _best_by_chance(
     starts_N: Any,
     features_B: Any,
     values_B: Any,
-    num: int,
-    mean_U: Any,
-    scale_U: Any,
-    mean_V: Any,
-    scale_V: Any,
-    best_U: Any,
-    best_V: Any,
+    cuts: Any,
+    num_C: Any,
+    _count_CU: Any,
+    mean_CU: Any,
+    scale_CU: Any,
+    _count_CV: Any,
+    mean_CV: Any,
+    scale_CV: Any,
+    best_CU: Any,
+    best_CV: Any,
 ) -> None:
-    U, V, N = len(mean_U), len(mean_V), len(starts_N) - 1
-    tile, block = max(1, TILE_BYTES // (8 * max(1, V))), _tokens_of_a_block(starts_N)
-    sums = np.zeros((min(tile, U), V))
+    U, V = mean_CU.shape[1], mean_CV.shape[1]
+    tile, block = max(1, TILE_BYTES // (8 * (V + 1))), _tokens_of_a_block(starts_N)
+    sums = np.zeros((min(tile, U), V + 1))
     place_U = starts_U[:-1].copy()
     for first in range(0, U, tile):
-        last = min(first + tile, U)
+        last, begin = min(first + tile, U), 0
         sums[:] = 0
-        for begin in range(0, N, block):
+        for c in range(len(cuts)):
+            for start in range(begin, cuts[c], block):
+                end = min(start + block, cuts[c])
+                for u in range(first, last):
+                    of_u, a, stop = sums[u - first], place_U[u], starts_U[u + 1]
+                    while a < stop and tokens_A[a] < end:
+                        n, value = tokens_A[a], np.float64(values_A[a])
+                        for group in range(starts_N[n], starts_N[n + 1]):
+                            b = np.uint64(GROUP * group)
+                            of_u[features_B[b]] += value * values_B[b]
+                            of_u[features_B[b + np.uint64(1)]] += value * values_B[b + np.uint64(1)]
+                            of_u[features_B[b + np.uint64(2)]] += value * values_B[b + np.uint64(2)]
+                            of_u[features_B[b + np.uint64(3)]] += value * values_B[b + np.uint64(3)]
+                        a += 1
+                    place_U[u] = a
+            begin = cuts[c]
             for u in range(first, last):
-                of_u, a = sums[u - first], place_U[u]
-                while a < starts_U[u + 1] and tokens_A[a] < begin + block:
-                    n, value = tokens_A[a], np.float64(values_A[a])
-                    for b in range(starts_N[n], starts_N[n + 1]):
-                        of_u[features_B[b]] += value * values_B[b]
-                    a += 1
-                place_U[u] = a
-        for u in range(first, last):
-            for v in range(V):
-                r = (sums[u - first, v] / num - mean_U[u] * mean_V[v]) * scale_U[u] * scale_V[v]
-                best_U[u] = max(best_U[u], r)
-                best_V[v] = max(best_V[v], r)
+                for v in range(V):
+                    r = (sums[u - first, v] / num_C[c] - mean_CU[c, u] * mean_CV[c, v]) * scale_CU[c, u] * scale_CV[c, v]
+                    best_CU[c, u] = max(best_CU[c, u], r)
+                    best_CV[c, v] = max(best_CV[c, v], r)
