@@ -107,7 +107,7 @@ def main() -> None:
     load_compiled(dictionary, training, probe)
     last: list[Progress] = []
     started = time.perf_counter()
-    dictionaries = train(
+    trained = train(
         source,
         dict.fromkeys(layers, dictionary),
         training,
@@ -116,7 +116,7 @@ def main() -> None:
         report=last.append,
     )
     seconds = time.perf_counter() - started
-    for layer, made in dictionaries.items():
+    for layer, made in trained.own.items():
         save_dictionary(made, a.out / f"layer_{layer:02d}", probe[layer])
     said = {
         "peer": f"throughline-{a.architecture}",

@@ -93,7 +93,7 @@ def fvu_of(work: Work, lr: float) -> tuple[float, float]:
         ArraySource(work.x_LND[:, :-HELD_OUT]), work.specs, training, model=work.name, num_layers=len(work.specs)
     )
     missed, dead = [], []
-    for layer, dictionary in trained.items():
+    for layer, dictionary in trained.own.items():
         x_ND = work.x_LND[layer, -HELD_OUT:].float()
         f_NF = dictionary.encode(x_ND)
         error_ND, centred_ND = x_ND - dictionary.decode(f_NF), x_ND - x_ND.mean(0)

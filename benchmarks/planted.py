@@ -69,7 +69,7 @@ def ours(variant: str, architecture: str, data: Planted, seed: int) -> Row:
     train_ND, heldout_ND = data.x_ND[:-HELD_OUT], data.x_ND[-HELD_OUT:]
     spec = DictionarySpec(architecture=architecture, d_sae=NUM_FEATURES, target_l0=MEAN_L0)
     training = TrainingSpec(tokens=len(train_ND), batch_tokens=BATCH, seed=seed)
-    one = train(ArraySource(train_ND), {0: spec}, training, model="planted", num_layers=1)[0]
+    one = train(ArraySource(train_ND), {0: spec}, training, model="planted", num_layers=1).own[0]
     f_NF = one.encode(heldout_ND)
     l0, dead = float((f_NF > 0).sum(1).float().mean()), float((f_NF <= 0).all(0).float().mean())
     error = fvu(heldout_ND, one.decode(f_NF))

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -116,6 +117,20 @@ def make_codes(
         layers={layer: sp.csr_array(features.astype(np.float32))},
         residual_LND=None if residual_ND is None else residual_ND[None],
     )
+
+
+@dataclass
+class GivenSide:
+    """One model's part of a relation (`transfer.Side`), all of it given."""
+
+    model: str
+    dictionaries: dict[int, Dictionary]
+    codes: Codes
+    sample: Any
+    fit: Any = None
+    twins: dict[int, Dictionary] = field(default_factory=dict)
+    twin_codes: Codes | None = None
+    language_model: Any = None
 
 
 def marked(codes: Codes) -> np.ndarray:

@@ -104,6 +104,7 @@ def test_wrong_input_is_refused_in_one_line(x_ND, tmp_path):
     refused("batch_tokens 4096 is more than the 100 tokens of the training", activations=x_ND[:100], training=None)
     refused("how many activations these are is not known .* training={'tokens'", activations=iter([x_ND]), training={})
     refused("an iterator of activations cannot be read for 2 epochs", activations=iter([x_ND]))
+    refused("training.ceiling_seeds is for studies, .* found 1; leave it out", training=TRAINING | {"ceiling_seeds": 1})
     refused("the activations have 1 layers, found 2 names", layers=["a", "b"])
     refused("layers need different names", activations=x_ND.reshape(2, -1, D), layers=["a b", "a/b"])
     refused("there are no activations to train on", activations=x_ND[:0], training={"tokens": 5000})

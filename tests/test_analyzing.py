@@ -46,6 +46,15 @@ def test_decay_is_told_with_its_numbers():
     assert found.numbers["n"] == 50_000
 
 
+def test_layers_that_relate_to_later_ones_alone_are_not_ranked():
+    value = np.where(np.triu(np.ones((5, 5)), 1) > 0, decaying(), np.nan)
+    found = findings(planted(value, 0.05, metric="reconstruction"))
+    assert (
+        list(found) == ["decay with distance"]
+        and "between neighbouring layers is 0.49" in found["decay with distance"].sentence
+    )
+
+
 def test_what_equals_its_null_is_not_beyond_it():
     found = findings(planted(np.full((5, 5), 0.3), 0.3))
     assert not any(finding.beyond_null for finding in found.values())

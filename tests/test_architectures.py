@@ -347,7 +347,7 @@ def test_planted_directions_are_found_at_the_l0_asked_for(name, planted):
         model="planted",
         num_layers=1,
         report=reports.append,
-    )[0]
+    ).own[0]
     f_NF = one.encode(heldout_ND)
     l0 = float((f_NF > 0).sum(1).float().mean())
     assert 2.5 < l0 <= 3 if name == "topk" else l0 == pytest.approx(3, rel=0.05)  # of the k, only positive ones count

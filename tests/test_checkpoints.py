@@ -44,11 +44,20 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "MOST_TOKENS", 448)
 
 
-def run(specs: dict[int, DictionarySpec], checkpoints: Checkpoints | None, said: list[str] | None = None) -> dict:
+def run(
+    specs: dict[int, DictionarySpec],
+    checkpoints: Checkpoints | None,
+    said: list[str] | None = None,
+    ceiling_seeds: int = 0,
+) -> dict:
+    """The dictionaries by layer, and by layer and number their twins."""
     x_LND = planted_layers(TOKENS, len(specs), num_features=20, d_model=12)
     heard = (said if said is not None else []).append
     source = ArraySource(x_LND, epochs=2)
-    return train(source, specs, TRAINING, model="planted", num_layers=len(specs), say=heard, checkpoints=checkpoints)
+    spec = TRAINING.model_copy(update={"ceiling_seeds": ceiling_seeds})
+    trained = train(source, specs, spec, model="planted", num_layers=len(specs), say=heard, checkpoints=checkpoints)
+    twins = {(layer, i): one for i, found in enumerate(trained.twins) for layer, one in found.items()}
+    return trained.own | twins
 
 
 def weights(one: Dictionary) -> dict[str, Tensor]:
@@ -98,6 +107,21 @@ def test_training_goes_on_from_every_chunk_to_the_same_bits(monkeypatch, tmp_pat
         step = int(folder.name.partition("_")[2])
         assert said == [f"planted: going on from step {step} of {NUM_STEPS}"]
         assert identical(found, expected), folder.name
+
+
+@pytest.mark.parametrize("way", ["compiled", "plain"])
+def test_training_with_twins_goes_on_to_the_same_bits(monkeypatch, tmp_path, way):
+    """Two twins of layers of several shapes, in both ways of training and mixed; own dictionaries as without twins."""
+    specs = {0: SPECS["topk"], 1: SPECS["relu"], 2: SPECS["gated"], 3: SPECS["topk"]}
+    if way == "plain":
+        monkeypatch.setattr(compiled, "ARCHITECTURES", ())
+    keeping = Keeping(tmp_path)
+    expected = run(specs, keeping, ceiling_seeds=2)
+    assert len(expected) == 12 and len(keeping.kept) == 5
+    assert identical(run(specs, None), expected)
+    for folder in keeping.kept[1::2]:
+        found = run(specs, Checkpoints(folder, KEY, 1e9), ceiling_seeds=2)
+        assert found.keys() == expected.keys() and identical(found, expected), folder.name
 
 
 def test_training_goes_on_twice(tmp_path):
@@ -254,7 +278,7 @@ STUDY = {
     "models": [{"path": "zoo/pythia", "layers": [1, 4]}],
     "data": {"path": "zoo/arithmetic", "context": 64},
     "dictionary": {"d_sae": 48, "k": 6, "per_layer": {4: {"architecture": "gated", "l1": 0.5}}},
-    "training": {"tokens": 14_000, "epochs": 2, "batch_tokens": 128, "checkpoint_minutes": 0},
+    "training": {"tokens": 14_000, "epochs": 2, "batch_tokens": 128, "checkpoint_minutes": 0, "ceiling_seeds": 1},
 }
 # The command line with smaller chunks, so that a short training has many checkpoints; benchmarks/kill_resume.py has the usual ones.
 COMMAND = "from throughline.training import chunks; chunks.MOST_TOKENS = 2048; from throughline.cli import main; main()"
@@ -303,7 +327,7 @@ def test_a_training_that_is_killed_again_and_again_gives_the_same_files(tmp_path
     assert start(tmp_path, "killed").wait() == 0
     assert undisturbed.wait() == 0
     expected = hashes(tmp_path / "undisturbed")
-    assert len(expected) == 4  # weights and probe of two layers; no checkpoint is left
+    assert len(expected) == 8  # weights and probe of two layers and of their twins; no checkpoint is left
     assert hashes(tmp_path / "killed") == expected
     assert not state.parent.exists()
 

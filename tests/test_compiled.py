@@ -53,7 +53,7 @@ def run(specs: dict[int, DictionarySpec], num_steps: int, reports: list[Progress
     x_LND = planted_layers(num_steps * N, len(specs), num_features=40, d_model=D)
     spec = TrainingSpec.model_validate({"tokens": num_steps * N, "batch_tokens": N, "precision": "float32"} | training)
     heard = (reports if reports is not None else []).append
-    return train(ArraySource(x_LND), specs, spec, model="planted", num_layers=len(specs), report=heard)
+    return train(ArraySource(x_LND), specs, spec, model="planted", num_layers=len(specs), report=heard).own
 
 
 def weights(one: Dictionary) -> dict[str, Tensor]:

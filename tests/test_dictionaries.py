@@ -290,7 +290,7 @@ def test_every_architecture(name, tmp_path, probe_ND):
         TrainingSpec(tokens=8000, batch_tokens=100),
         model="planted",
         num_layers=2,
-    )
+    ).own
     for i, (layer, one) in enumerate(trained.items()):
         assert (one.architecture, one.d_model, one.d_sae) == (ARCHITECTURES.load(name).inference, D, 16)
         f_NF = one.encode(x_LND[i])

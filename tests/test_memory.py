@@ -41,6 +41,8 @@ def test_bytes_of_a_layer_are_those_of_its_tensors(by_autograd):
     expected += weights + 4 * 4 * N * F if by_autograd else 0
     assert measure_layer(D, F, C, N, by_autograd).total == pytest.approx(expected, rel=0.02)
     assert measure_layer(D, F, C, N, by_autograd, 2).activations == C * D * 2
+    with_twins = measure_layer(D, F, C, N, by_autograd, num_dictionaries=3)  # one after another where autograd trains
+    assert with_twins.total == pytest.approx(expected + 2 * (4 * weights + stack.W_enc_LFD.numel() * 2), rel=0.02)
 
 
 @settings(max_examples=200, deadline=None)
@@ -242,7 +244,7 @@ def test_batches_are_computed_in_parts_when_memory_runs_out(monkeypatch, archite
     def run() -> tuple[dict[int, Dictionary], list[str], float]:
         said, reports = [], []
         source, spec = ArraySource(x_LND), TrainingSpec(tokens=1280, batch_tokens=64)
-        found = train(source, specs, spec, model="m", num_layers=3, say=said.append, report=reports.append)
+        found = train(source, specs, spec, model="m", num_layers=3, say=said.append, report=reports.append).own
         return found, said, reports[-1].fvu
 
     expected, said, fvu = run()

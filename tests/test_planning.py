@@ -250,6 +250,36 @@ def test_costs_follow_the_study():
     assert job("1x24GiB@cpu").flops < once.flops  # gradients stay sparse there
 
 
+@pytest.mark.parametrize("devices", ["1x24GiB", "1x24GiB@cpu"])
+def test_twins_are_counted(devices):
+    """Weights, moments, files and the time of training three times; the activations and the forward pass once."""
+    own, three = (
+        plan_study(parse_study(STUDY | {"training": STUDY["training"] | {"ceiling_seeds": n}}), parse_devices(devices))
+        for n in (0, 2)
+    )
+    assert any("each of 3 dictionaries of a layer (training.ceiling_seeds) takes" in line for line in three.assumptions)
+    jobs = [sorted(made.jobs, key=lambda job: job.model) for made in (own, three)]
+    for one, other in zip(*jobs, strict=True):
+        assert (one.model, one.layers) == (other.model, other.layers)
+        assert all(other.bytes[name] == 3 * one.bytes[name] for name in ("parameters", "optimizer"))
+        assert all(other.bytes[name] == one.bytes[name] for name in ("base", "model", "forward", "activations"))
+        assert one.bytes["buffers"] < other.bytes["buffers"] < 3 * one.bytes["buffers"]
+        assert all(other.disk_bytes[name] == 3 * one.disk_bytes[name] for name in ("dictionaries", "checkpoint"))
+        assert one.flops < other.flops < 3 * one.flops and one.seconds < other.seconds < 3 * one.seconds
+
+
+def test_twins_that_do_not_fit_are_refused_with_how_many_would():
+    tree = STUDY | {
+        "dictionary": {"d_sae": 2**20, "k": 8},
+        "training": {"tokens": 6000, "batch_tokens": 64, "ceiling_seeds": 3},
+    }
+    with pytest.raises(InputError, match=r"or training.ceiling_seeds 1 would do") as refused:
+        plan_study(parse_study(tree), parse_devices("1x18GiB@cpu"))
+    assert "\n" not in str(refused.value)
+    tree["training"]["ceiling_seeds"] = 1
+    assert plan_study(parse_study(tree), parse_devices("1x18GiB@cpu")).jobs
+
+
 def test_a_text_that_ends_is_counted(tmp_path):
     (tmp_path / "short.txt").write_text("\n\n".join(f"What is {i} + {i}? It is {2 * i}." for i in range(200)))
     tree = STUDY | {"data": {"path": str(tmp_path / "short.txt"), "context": 64}}

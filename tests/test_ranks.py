@@ -87,6 +87,9 @@ SPECS = {
 }
 
 
+GATED = next(spec for spec in SPECS.values() if spec.architecture == "gated")
+
+
 class Keeping(Checkpoints):
     """Saves after each chunk, and keeps a copy of every state."""
 
@@ -117,7 +120,7 @@ def run(
             report=reports.append,
             checkpoints=checkpoints,
             ranks=ranks,
-        )
+        ).own
     return found, reports
 
 
@@ -203,6 +206,27 @@ def test_training_goes_on_with_other_numbers_of_ranks(alone, together, tmp_path)
 
 
 # ---- what can go wrong
+
+
+def run_twins(ranks: Ranks) -> tuple[Found, Found, Found]:
+    """Two layers alone, and with a twin each: both sets of dictionaries."""
+    spec = TrainingSpec(tokens=STEPS * N, batch_tokens=N, precision="float32", lr=0.01)
+    source, specs = ArraySource(planted_layers(STEPS * N, 2, num_features=40, d_model=D)), {0: SPECS[0], 1: GATED}
+    found = []
+    with small():
+        for ceiling_seeds in (0, 1):
+            training = spec.model_copy(update={"ceiling_seeds": ceiling_seeds})
+            found.append(train(source, specs, training, model="planted", num_layers=2, ranks=ranks))
+    return found[0].own, found[1].own, found[1].twins[0]
+
+
+def test_ranks_train_twins(tmp_path):
+    """Layers' own dictionaries as without, to the bit; the twins of one process."""
+    (alone, own, twins), other = spread(2, tmp_path, run_twins)
+    assert identical(own, alone)
+    assert all(identical(a, b) for a, b in zip((alone, own, twins), other, strict=True))
+    expected = run_twins(ALONE)[2]
+    assert nearly_same(twins, expected) and not any(torch.equal(one.W_dec, own[n].W_dec) for n, one in twins.items())
 
 
 def spoiled(ranks: Ranks) -> None:

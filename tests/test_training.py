@@ -14,8 +14,9 @@ from builders import planted_activations, planted_layers
 from throughline.dictionaries import Dictionary
 from throughline.errors import TrainingError
 from throughline.study import DictionaryOverride, DictionarySpec, TrainingSpec, dump_study, parse_study
-from throughline.training import Progress, chunks, engine, train
-from throughline.training.group import Course, Group
+from throughline.training import Progress, chunks, compiled, engine, train
+from throughline.training.engine import Trained
+from throughline.training.group import TWINS_APART, Course, Group, seed_of
 from throughline.training.sources import ArraySource
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -36,9 +37,9 @@ every_architecture = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 both_trainers = pytest.mark.parametrize("spec", [TOPK, RELU, SPECS["gated"]], ids=["topk", "relu", "gated"])
 
 
-def run(
+def run_all(
     x_LND: Tensor, specs: dict[int, DictionarySpec], reports: list[Progress] | None = None, **training: Any
-) -> dict:
+) -> Trained:
     spec = TrainingSpec.model_validate({"tokens": x_LND.shape[1] or 1, "batch_tokens": 64} | training)
     return train(
         ArraySource(x_LND, epochs=spec.epochs, num_tokens=spec.tokens),
@@ -48,6 +49,12 @@ def run(
         num_layers=len(specs),
         report=(reports if reports is not None else []).append,
     )
+
+
+def run(
+    x_LND: Tensor, specs: dict[int, DictionarySpec], reports: list[Progress] | None = None, **training: Any
+) -> dict[int, Dictionary]:
+    return run_all(x_LND, specs, reports, **training).own
 
 
 def weights(dictionary: Dictionary) -> dict[str, Tensor]:
@@ -163,11 +170,86 @@ def test_bfloat16_activations_are_taken():
             return (batch.bfloat16() for batch in ArraySource(planted_layers(1280)).batches(start))
 
     spec = TrainingSpec(tokens=1280, batch_tokens=64)
-    trained = train(Half(), {0: TOPK, 1: SPECS["gated"]}, spec, model="planted", num_layers=2)
+    trained = train(Half(), {0: TOPK, 1: SPECS["gated"]}, spec, model="planted", num_layers=2).own
     expected = run(planted_layers(1280).bfloat16().float(), {0: TOPK, 1: SPECS["gated"]})
     assert same(trained[0], expected[0])
     for name, tensor in weights(trained[1]).items():
         torch.testing.assert_close(tensor, weights(expected[1])[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+# ---- twins
+
+
+@pytest.mark.parametrize("way", ["compiled", "compiled, large", "plain"])
+@every_architecture
+def test_own_dictionaries_are_the_same_with_and_without_twins(monkeypatch, spec, way):
+    """To the bit, on more threads than there are layers; AuxK, resampling and the controller of L0 are at work."""
+    if way != "plain" and spec.architecture not in compiled.ARCHITECTURES:
+        pytest.skip(f"{spec.architecture} is trained the plain way anyhow")
+    monkeypatch.setattr(compiled, "SMALL_PRODUCT", 5e7 if way == "compiled" else 0)
+    monkeypatch.setattr(compiled, "ARCHITECTURES", () if way == "plain" else compiled.ARCHITECTURES)
+    monkeypatch.setattr(engine, "DEAD_AFTER_BATCHES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    target_l0 = 4 if "l1" in spec.model_fields_set else None
+    spec = spec.overridden(DictionaryOverride(d_sae=48, target_l0=target_l0))
+    specs = {0: spec, 3: TOPK, 5: spec}
+    x_LND = planted_layers(3000, 3)
+    alone = run(x_LND, specs)
+    trained = run_all(x_LND, specs, ceiling_seeds=2)
+    assert [list(found) for found in (trained.own, *trained.twins)] == [list(alone)] * 3
+    for layer, one in alone.items():
+        assert same(one, trained.own[layer]) and one.metadata == trained.own[layer].metadata
+        for twin, found in enumerate(trained.twins, 1):
+            assert found[layer].metadata == one.metadata | {"ceiling_seed": twin}
+            assert not torch.equal(found[layer].W_dec, one.W_dec)
+
+
+@both_trainers
+def test_twins_start_from_different_dictionaries(spec):
+    """Of one another, of their layer's own and of other layers', of the same activations."""
+    x_ND = planted_layers(600)[0]
+    trained = run_all(torch.stack([x_ND, x_ND]), {0: spec, 1: spec}, lr=0.0, ceiling_seeds=3)
+    first = [found[layer].W_dec for found in (trained.own, *trained.twins) for layer in (0, 1)]
+    for i, one in enumerate(first):
+        for other in first[:i]:
+            assert (one @ other.T).max() < 0.9999  # a shared start would be 1 on the diagonal
+
+
+def test_seeds_of_all_twins_differ_where_torch_looks():
+    """torch's generator takes 32 bits of a seed."""
+    numbers = [torch.randn(4, generator=torch.Generator().manual_seed(n)) for n in (7, 7 + 2**32)]
+    assert torch.equal(*numbers)
+    assert 3 * TWINS_APART + seed_of(100_000, 1000, 0) < 2**32
+    places = [(seed, layer, twin) for seed in range(50) for layer in range(100) for twin in range(4)]
+    assert len({seed_of(*place) % 2**32 for place in places}) == len(places)
+
+
+def test_reports_are_of_own_dictionaries_alone(monkeypatch):
+    monkeypatch.setattr(engine, "REPORT_SECONDS", 0.0)
+    specs, x_LND = {0: TOPK, 1: SPECS["gated"]}, planted_layers(1280)
+    with_twins: list[Progress] = []
+    without: list[Progress] = []
+    run(x_LND, specs, with_twins, ceiling_seeds=1)
+    run(x_LND, specs, without)
+    last, expected = with_twins[-1], without[-1]
+    assert last.layers == [0, 1] and (last.step, last.num_steps) == (20, 20)
+    assert (last.loss, last.l0, last.fvu, last.dead) == (expected.loss, expected.l0, expected.fvu, expected.dead)
+    assert all(a.step <= b.step for a, b in pairwise(with_twins))
+
+
+@both_trainers
+def test_a_twin_that_diverges_is_named(monkeypatch, spec):
+    make = engine._make_groups
+
+    def spoil(*given: Any) -> list[Group]:
+        groups = make(*given)
+        with torch.no_grad():
+            groups[1].stack.W_dec_LFD[0] = torch.nan
+        return groups
+
+    monkeypatch.setattr(engine, "_make_groups", spoil)
+    with pytest.raises(TrainingError, match=r"^planted layer 4 seed 1: the loss is nan at step \d+; lower training.lr"):
+        run(planted_layers(640, 1), {4: spec}, ceiling_seeds=1)
 
 
 # ---- what can go wrong

@@ -15,6 +15,7 @@ from throughline.training.sources import OnDevice, open_source
 
 PROBE_TOKENS = 16
 CHECKPOINT = "checkpoint"
+NOT_IN_KEY = {"checkpoint_minutes", "ceiling_seeds"}
 
 
 def train_on_activations(
@@ -33,6 +34,11 @@ def train_on_activations(
     """One dictionary for each layer, by the layer's name; `throughline.train(activations=…)` describes the arguments."""
     wanted = _given_tokens(training)
     spec, checked = _resolve(dictionary, training, {})
+    if checked.ceiling_seeds:
+        raise InputError(
+            f"training.ceiling_seeds is for studies, whose transfer has a use for them, found {checked.ceiling_seeds}; "
+            "leave it out with activations"
+        )
     source = open_source(activations, epochs=checked.epochs, num_tokens=wanted)
     tokens = getattr(source, "num_tokens", None) or wanted
     if tokens is None:
@@ -49,7 +55,7 @@ def train_on_activations(
     say(f"{name}: {tokens:,} activations, layers: {', '.join(names)}; {first.shape[2]} wide")
     checkpoints = None
     if folders:
-        key = digest_key(names, first.shape[2], spec.model_dump(), checked.model_dump(exclude={"checkpoint_minutes"}))
+        key = digest_key(names, first.shape[2], spec.model_dump(), checked.model_dump(exclude=NOT_IN_KEY))
         checkpoints = Checkpoints(folders[0].parent / CHECKPOINT, key, checked.checkpoint_minutes, say)
     specs = {layer: spec.at_layer(layer) for layer in range(len(names))}
     dictionaries = train(
@@ -61,7 +67,7 @@ def train_on_activations(
         report=report,
         say=say,
         checkpoints=checkpoints,
-    )
+    ).own
     for layer, layer_name in enumerate(names):
         dictionaries[layer].metadata.update({"hook_name": layer_name})
         if folders:

@@ -20,7 +20,9 @@ def analyze_run(
         if not np.isfinite(_pairs(result)).any():
             findings.append(_nothing(result))
         elif info.source == info.target and len(info.source_layers) > 2:
-            findings += [_decay(result), _universal_layer(result)]
+            findings.append(_decay(result))
+            if not _one_way(result):
+                findings.append(_universal_layer(result))
         elif info.metric == "matching" and info.source != info.target:
             findings.append(_across(result))
     tokens = max((r.info.num_tokens for r in results), default=0)
@@ -46,6 +48,12 @@ def _pairs(result: TransferResult) -> np.ndarray:
     """Values of the pairs that say something: all of two models, those of different layers of one."""
     value = result.arrays["value"]
     return value[~np.eye(len(value), dtype=bool)] if result.info.source == result.info.target else value
+
+
+def _one_way(result: TransferResult) -> bool:
+    """True if layers are related to later ones alone: their means are then over other distances, and not to be compared."""
+    value = result.arrays["value"]
+    return not np.isfinite(value[np.tril_indices(len(value), -1)]).any()
 
 
 def _nothing(result: TransferResult) -> Finding:

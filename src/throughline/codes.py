@@ -4,7 +4,7 @@ Feature statistics, labels and transfer are all computed from codes, so each tex
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -65,16 +65,48 @@ def encode_text(
     keep_residuals: bool = False,
 ) -> Codes:
     """The codes of `rows`, which hold `documents`."""
-    layers = list(dictionaries)
-    parts: dict[int, list[sp.csr_array]] = {layer: [] for layer in layers}
+    [codes] = encode_text_with([dictionaries], model, rows, documents, keep_residuals)
+    return codes
+
+
+def encode_text_with(
+    sets: Sequence[dict[int, Dictionary]],
+    model: LanguageModel,
+    rows: TokenRows,
+    documents: Sequence[Document],
+    keep_residuals: bool = False,
+) -> list[Codes]:
+    """The codes of `rows` in each of several sets of dictionaries, from one forward pass; residuals are kept with the first.
+
+    The first set has every layer that is in any.
+    """
+    layers = list(sets[0])
+    parts: list[dict[int, list[sp.csr_array]]] = [{layer: [] for layer in dictionaries} for dictionaries in sets]
     residuals = []
     for _, x_LND in harvest(model, rows.batches(BATCH_ROWS), layers):
-        for layer, x_ND in zip(layers, x_LND, strict=True):
-            parts[layer].append(encode_csr(dictionaries[layer], x_ND))
+        for dictionaries, found in zip(sets, parts, strict=True):
+            for layer, dictionary in dictionaries.items():
+                found[layer].append(encode_csr(dictionary, x_LND[layers.index(layer)]))
         if keep_residuals:
             residuals.append(x_LND.cpu().numpy())
-    matrices = {layer: sp.csr_array(sp.vstack(p, format="csr")) for layer, p in parts.items()}
-    keep, order = rows.keep, reading_order(rows)
+    order = reading_order(rows)
+    first, *others = (
+        {layer: sp.csr_array(sp.vstack(p, format="csr"))[order] for layer, p in found.items()} for found in parts
+    )
+    residual_LND = np.concatenate(residuals, axis=1)[:, order] if keep_residuals else None
+    codes = _codes_of(rows, documents, order, first, residual_LND)
+    return [codes, *(replace(codes, layers=matrices, residual_LND=None) for matrices in others)]
+
+
+def _codes_of(
+    rows: TokenRows,
+    documents: Sequence[Document],
+    order: np.ndarray,
+    layers: dict[int, sp.csr_array],
+    residual_LND: np.ndarray | None,
+) -> Codes:
+    """Codes with what is known of each token; `order` brings the kept tokens of the rows into that of reading."""
+    keep = rows.keep
     documents_N, ends_N, kinds_N = (a[keep][order] for a in (rows.documents, rows.ends, rows.kinds))
     return Codes(
         rows,
@@ -86,8 +118,8 @@ def encode_text(
         ends_N=ends_N,
         kinds_N=kinds_N,
         roles_N=_roles(documents, documents_N, ends_N, kinds_N),
-        layers={layer: matrix[order] for layer, matrix in matrices.items()},
-        residual_LND=np.concatenate(residuals, axis=1)[:, order] if keep_residuals else None,
+        layers=layers,
+        residual_LND=residual_LND,
     )
 
 

@@ -68,6 +68,7 @@ def import_dictionary(session: Session, path: Path, model: str | None, layer: in
     x_ND = _heldout_activations(session, spec.name, layer)
     run, step = session.run, f"train/{spec.name}/{layer}"
     with run.step(step, IMPORTED + _digest(dictionary)) as files:
+        run.remove_twins(spec.name, layer)
         names = save_dictionary(dictionary, run.layer_folder(spec.name, layer), x_ND[:PROBE_TOKENS])
         files += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
     run.forget(f"evaluate/{spec.name}")

@@ -3,7 +3,7 @@
 1. split the layers into blocks whose training state fits into memory; a block that was begun stays as it is
 2. for each block: open the text as activations (kept on disk if they are read again and that is cheaper)
 3. train, from the latest checkpoint if there is one
-4. save every layer's dictionary and note it as done
+4. save every layer's dictionary, and its twins if the study wants them, and note it as done
 """
 
 import shutil
@@ -67,6 +67,8 @@ def steps_of(
 ) -> dict[int, tuple[str, str]]:
     """The same from the study alone, for `layers` of the model, of which `imported` are there with these keys."""
     dictionary, training = study.dictionary_for(spec), study.training.model_dump(exclude=NOT_IN_KEYS)
+    if not study.training.ceiling_seeds:  # so that runs keep the keys they had before there were twins
+        del training["ceiling_seeds"]
     model = spec.model_dump(exclude={"layers", "dictionary"})
 
     def key_of(layer: int) -> str:
@@ -78,7 +80,7 @@ def steps_of(
 
 
 def train_job(session: Session, job: Job, report: Report, attempt: int = 1, ranks: Ranks = ALONE) -> None:
-    """A job's dictionaries, saved in the run, block by block if they do not fit into memory together.
+    """A job's dictionaries and their twins, saved in the run, block by block if they do not fit into memory together.
 
     Of several `ranks`, which all do the same job, the first alone writes.
     """
@@ -129,7 +131,7 @@ def _train_block(
     ):
         source = _activations(session, spec, layers, training, keep=ranks.size == 1)
         probe = next(source.batches(), torch.empty(len(layers), 0, model.d_model))[:, :PROBE_TOKENS].clone()
-        dictionaries = train(
+        trained = train(
             source,
             _specs(session, spec, layers),
             training,
@@ -142,10 +144,12 @@ def _train_block(
         )
         claim.check()
         for column, layer in enumerate(layers):
-            dictionary = dictionaries[layer]
-            dictionary.metadata.update(place_of(session, spec, layer) | _training_facts(session, spec))
-            names = save_dictionary(dictionary, run.layer_folder(spec.name, layer), probe[column])
-            files[steps[layer][0]] += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
+            run.remove_twins(spec.name, layer)  # of an earlier training
+            for twin, dictionaries in enumerate((trained.own, *trained.twins)):
+                dictionary = dictionaries[layer]
+                dictionary.metadata.update(place_of(session, spec, layer) | _training_facts(session, spec))
+                names = save_dictionary(dictionary, run.layer_folder(spec.name, layer, twin), probe[column])
+                files[steps[layer][0]] += [f"{run.layer_name(spec.name, layer, twin)}/{name}" for name in names]
     run.remove_checkpoint(spec.name, layers)
     run.forget_job(spec.name, layers)
 
@@ -197,8 +201,17 @@ def _split(
         wanted = study.dictionary_for(spec).at_layer(layer)
         fast = not by_autograd and compiled.can_train(ARCHITECTURES.load(wanted.architecture).name, session.device)
         width = wanted.width(model.d_model)
-        shape = (model.d_model, width, tokens, training.batch_tokens)
-        sizes.append(measure_layer(*shape, by_autograd=not fast, bytes_per_number=2 if rounded else 4).total)
+        sizes.append(
+            measure_layer(
+                model.d_model,
+                width,
+                tokens,
+                training.batch_tokens,
+                by_autograd=not fast,
+                bytes_per_number=2 if rounded else 4,
+                num_dictionaries=1 + training.ceiling_seeds,
+            ).total
+        )
     return split_blocks(layers, sizes, free_bytes(session.device))
 
 

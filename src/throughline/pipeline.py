@@ -6,19 +6,22 @@ A stage's key is made of every setting that its result depends on, and of the ke
 setting redoes exactly what it touches.
 """
 
+import inspect
+from typing import Any
+
 import polars as pl
 import torch
 
 from throughline.codes import Codes, encode_csr
 from throughline.comparing import compare_traces
-from throughline.dictionaries import untrained_like
+from throughline.dictionaries import Dictionary, untrained_like
 from throughline.errors import InputError, ThroughlineError
 from throughline.executors.local import run_jobs, threads
 from throughline.features import describe_features
 from throughline.jobs import Job, Report, train_job, train_steps
 from throughline.journals import check_extras
 from throughline.labelers import LayerText
-from throughline.models import check_layers, check_model, read_tokenizer
+from throughline.models import LanguageModel, check_layers, check_model, read_tokenizer
 from throughline.progress import JobNotes
 from throughline.quality import evaluate
 from throughline.records import Comparison, LayerQuality, Trace, TransferInfo, best_labels, span
@@ -29,7 +32,6 @@ from throughline.study import ModelSpec, Study
 from throughline.text import read_documents
 from throughline.tokens import encode_prompt, take_documents
 from throughline.tracing import TraceInputs, check_prompt, trace_prompt
-from throughline.transfer import Side
 from throughline.zoo.texts import solve
 
 # ---- train
@@ -206,36 +208,74 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
     """Every metric for every ordered pair of models it can relate, each model with itself included."""
     study, run = session.study, session.run
     for name in metrics or study.transfer.metrics:
-        metric = METRICS.load(name)()
-        for source in study.models:
-            for target in study.models:
+        metric = METRICS.load(name)(**_metric_options(session, name))
+        for i, source in enumerate(study.models):
+            for target in study.models[i:] if metric.both_ways else study.models:
                 if source.name != target.name and not metric.across_models:
                     continue
-                step = (
-                    f"transfer/{metric.name}/{source.name}/{target.name}",
-                    digest_key(
-                        _evaluate_step(session, source)[1],
-                        _evaluate_step(session, target)[1],
-                        study.transfer.min_count,
-                        name,
-                    ),
-                )
-                if _is_done(session, step):
+                steps = [_transfer_step(session, name, source, target)]
+                if metric.both_ways and source.name != target.name:
+                    steps.append(_transfer_step(session, name, target, source))
+                if all(_is_done(session, step) for step in steps):
                     continue
-                session.say(f"{metric.name}: {source.name} to {target.name}")
-                with run.step(*step) as files:
-                    result = metric.compute(
-                        _side(session, source.name),
-                        _side(session, target.name),
-                        seed=study.training.seed,
-                        min_count=study.transfer.min_count,
-                    )
-                    files += run.write_transfer(result)
+                session.say(f"{metric.name}: {source.name} {'and' if metric.both_ways else 'to'} {target.name}")
+                results = metric.compute(
+                    _Side(session, source.name),
+                    _Side(session, target.name),
+                    seed=study.training.seed,
+                    min_count=study.transfer.min_count,
+                )
+                for step, result in zip(steps, results, strict=True):
+                    with run.step(*step) as files:
+                        files += run.write_transfer(result)
     return run.transfers()
 
 
-def _side(session: Session, name: str) -> Side:
-    return Side(name, session.dictionaries(name), session.evaluation(name), session.sample(name))
+def _metric_options(session: Session, metric: str) -> dict[str, Any]:
+    """The settings of the study's `transfer` section that a metric's constructor takes, by their names."""
+    taken = inspect.signature(METRICS.load(metric)).parameters
+    return {name: value for name, value in session.study.transfer.model_dump().items() if name in taken}
+
+
+def _transfer_step(session: Session, metric: str, source: ModelSpec, target: ModelSpec) -> tuple[str, str]:
+    keys = [_evaluate_step(session, spec)[1] for spec in (source, target)]
+    key = digest_key(*keys, session.study.transfer.min_count, metric, *_metric_options(session, metric).items())
+    return f"transfer/{METRICS.load(metric).name}/{source.name}/{target.name}", key
+
+
+class _Side:
+    """A model of the run as metrics see it (`transfer.Side`)."""
+
+    def __init__(self, session: Session, model: str) -> None:
+        self._session, self.model = session, model
+
+    @property
+    def dictionaries(self) -> dict[int, Dictionary]:
+        return self._session.dictionaries(self.model)
+
+    @property
+    def twins(self) -> dict[int, Dictionary]:
+        return self._session.twins(self.model)
+
+    @property
+    def codes(self) -> Codes:
+        return self._session.evaluation(self.model)
+
+    @property
+    def twin_codes(self) -> Codes | None:
+        return self._session.twin_evaluation(self.model)
+
+    @property
+    def sample(self) -> Codes:
+        return self._session.sample(self.model)
+
+    @property
+    def fit(self) -> Codes:
+        return self._session.selection(self.model)
+
+    @property
+    def language_model(self) -> LanguageModel:
+        return self._session.model(self.model)
 
 
 # ---- trace and compare

@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax, nll_loss
+from torch.nn.functional import kl_div, nll_loss
 
 from throughline.dictionaries import Dictionary
 from throughline.harvesting import harvest
 from throughline.models import LanguageModel
 from throughline.records import TOKEN_KINDS, LayerQuality
+from throughline.splicing import batch_rows, log_probabilities, predicted_tokens
 from throughline.study import GateSpec
 from throughline.tokens import TokenRows
 
 BATCH_ROWS = 64
 NUM_POSITION_BINS = 8
 DENSE = 0.1
-LOGIT_BYTES = 2**28  # of one batch's log-probabilities
 
 
 class _Spliced:
@@ -161,11 +161,11 @@ def _splice(
         ways[layer, "zero"] = torch.zeros_like
         ways[layer, "mean"] = mean_D.expand_as
     clean, spliced = _Spliced(), {way: _Spliced() for way in ways}
-    for batch in rows.batches(max(1, LOGIT_BYTES // (4 * rows.width * model.vocab_size))):
-        clean_BTV = _log_probabilities(model, batch, {})
+    for batch in rows.batches(batch_rows(model, rows)):
+        clean_BTV = log_probabilities(model, batch, {})
         _score(clean, clean_BTV, None, batch)
         for (layer, name), replace in ways.items():
-            log_p_BTV = _log_probabilities(model, batch, {layer: replace})
+            log_p_BTV = log_probabilities(model, batch, {layer: replace})
             _score(spliced[layer, name], log_p_BTV, clean_BTV, batch)
     return {
         layer: _splice_measures(clean, *(spliced[layer, name] for name in ("sae", "zero", "mean")))
@@ -197,30 +197,10 @@ def _recovered(ablated: float, with_sae: float, clean: float) -> float:
     return (ablated - with_sae) / (ablated - clean) if ablated > clean else 0.0
 
 
-def _log_probabilities(
-    model: LanguageModel, rows: TokenRows, replacements: dict[int, Callable[[Tensor], Tensor]]
-) -> Tensor:
-    """Log-probabilities [B, T - 1, V] with kept tokens of some layers replaced; special tokens stay as they are."""
-    inputs = model.inputs(rows.ids, rows.positions, rows.pieces)
-    keep = torch.from_numpy(rows.keep).to(inputs.ids.device)
-
-    def edit_with(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def edit(x_BTD: Tensor) -> Tensor:
-            out = x_BTD.clone()
-            out[keep] = replace(x_BTD[keep].float()).to(x_BTD.dtype)
-            return out
-
-        return edit
-
-    output = model.run(inputs, edits={layer: edit_with(replace) for layer, replace in replacements.items()})
-    assert output.logits is not None
-    return log_softmax(output.logits[:, :-1].float(), dim=-1)
-
-
 def _score(sums: _Spliced, log_p_BTV: Tensor, clean_BTV: Tensor | None, rows: TokenRows) -> None:
-    """Add one batch. A token is predicted if the one before it belongs to the same piece of text."""
+    """Add one batch."""
     device = log_p_BTV.device
-    predicted = (rows.pieces[:, 1:] == rows.pieces[:, :-1]) & (rows.pieces[:, 1:] >= 0)
+    predicted = predicted_tokens(rows)
     at = torch.from_numpy(predicted).to(device)
     targets = torch.from_numpy(rows.ids[:, 1:]).to(device)
     sums.num_tokens += int(predicted.sum())

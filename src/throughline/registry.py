@@ -68,6 +68,8 @@ METRICS = Registry(
     {
         "reconstruction": "throughline.transfer.reconstruction:Reconstruction",
         "matching": "throughline.transfer.matching:Matching",
+        "flow": "throughline.transfer.flow:Flow",
+        "similarity": "throughline.transfer.similarity:Similarity",
     },
 )
 LABELERS = Registry(

@@ -48,6 +48,7 @@ from throughline.study import Study, dump_study, folder_name, parse_study
 R = TypeVar("R", bound=Record)
 TABLES = ("features", "examples", "labels")
 MANIFEST, PROGRESS = "manifest", "progress"
+TWIN = "seed_"  # how the folder of a twin begins
 CHECKPOINTS, DRIVER, CLAIM = "checkpoints", "driver.json", "claim.json"
 IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
 REPORTED_PACKAGES = ("throughline", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
@@ -191,14 +192,14 @@ class RunDir:
 
     # ---- places
 
-    def layer_folder(self, model: str, layer: int) -> Path:
-        """Where a layer's dictionary and its quality.json are, in SAELens' layout."""
-        return self.root / self.layer_name(model, layer)
+    def layer_folder(self, model: str, layer: int, twin: int = 0) -> Path:
+        """Where a layer's dictionary and its quality.json are, in SAELens' layout, or one of its twins (1, 2, …)."""
+        return self.root / self.layer_name(model, layer, twin)
 
     @staticmethod
-    def layer_name(model: str, layer: int) -> str:
+    def layer_name(model: str, layer: int, twin: int = 0) -> str:
         """The same, relative to the run."""
-        return f"models/{folder_name(model)}/layer_{layer:02d}"
+        return f"models/{folder_name(model)}/layer_{layer:02d}" + (f"/{TWIN}{twin}" if twin else "")
 
     def model_folder(self, model: str) -> Path:
         """All that is kept of one model."""
@@ -294,6 +295,20 @@ class RunDir:
     def trained_layers(self, model: str) -> list[int]:
         """Layers of a model whose dictionaries are finished."""
         return sorted(self._layer_steps(model))
+
+    def layers_with_twin(self, model: str, twin: int) -> list[int]:
+        """Those of them that have a twin of this number."""
+        return [
+            layer
+            for layer, record in sorted(self._layer_steps(model).items())
+            if any(name.startswith(f"{self.layer_name(model, layer, twin)}/") for name in record.files)
+        ]
+
+    def remove_twins(self, model: str, layer: int) -> None:
+        """Take away all twins of a layer whose dictionary is about to be another."""
+        for name in self.storage.children(self.layer_name(model, layer)):
+            if name.startswith(TWIN):
+                self.storage.remove_folder(f"{self.layer_name(model, layer)}/{name}")
 
     def imported(self, model: str) -> dict[int, str]:
         """The keys of those of them that were imported, by layer; one whose folder was deleted is not."""

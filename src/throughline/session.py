@@ -7,7 +7,7 @@ with the residual stream kept. `selection`: documents of the training split, on 
 from collections.abc import Callable
 from functools import cached_property
 
-from throughline.codes import Codes, encode_text
+from throughline.codes import Codes, encode_text_with
 from throughline.dictionaries import Dictionary, load_dictionary
 from throughline.errors import GateError
 from throughline.models import LanguageModel, open_model
@@ -28,8 +28,8 @@ class Session:
         self.device_name = device  # as people know it, where a process sees its device by another number
         self.study: Study = run.study()
         self._models: dict[str, LanguageModel] = {}
-        self._dictionaries: dict[str, dict[int, Dictionary]] = {}
-        self._codes: dict[tuple[str, str], Codes] = {}
+        self._dictionaries: dict[tuple[str, int], dict[int, Dictionary]] = {}  # by model and twin
+        self._codes: dict[tuple[str, str], list[Codes]] = {}  # by model and text: of its dictionaries, and of its twins
         self._warned = False
 
     def model(self, name: str) -> LanguageModel:
@@ -51,14 +51,24 @@ class Session:
 
     def dictionaries(self, name: str) -> dict[int, Dictionary]:
         """A model's trained dictionaries by layer, checked against their checksums and probes."""
-        if name not in self._dictionaries:
-            layers = self.layers(self.study.model(name))
+        return self._load(name, self.layers(self.study.model(name)), twin=0)
+
+    def twins(self, name: str) -> dict[int, Dictionary]:
+        """The first twin of each layer that has one, checked likewise; {} if the study wants none. Imported layers have none."""
+        if not self.study.training.ceiling_seeds:
+            return {}
+        there = self.run.layers_with_twin(name, 1)
+        return self._load(name, [n for n in self.layers(self.study.model(name)) if n in there], twin=1)
+
+    def _load(self, name: str, layers: list[int], twin: int) -> dict[int, Dictionary]:
+        key = (name, twin)
+        if key not in self._dictionaries:
             for layer in layers:
                 self.run.check(f"train/{name}/{layer}")
-            self._dictionaries[name] = {
-                layer: load_dictionary(self.run.layer_folder(name, layer), self.device) for layer in layers
+            self._dictionaries[key] = {
+                layer: load_dictionary(self.run.layer_folder(name, layer, twin), self.device) for layer in layers
             }
-        return self._dictionaries[name]
+        return self._dictionaries[key]
 
     def rows(self, name: str, documents: list[Document]) -> TokenRows:
         """Documents as a model's tokens."""
@@ -83,15 +93,22 @@ class Session:
 
     def evaluation(self, name: str) -> Codes:
         """A model's codes of the held-out documents."""
-        return self._read(name, "evaluation", self.heldout, keep_residuals=False)
+        return self._read_evaluation(name)[0]
+
+    def twin_evaluation(self, name: str) -> Codes | None:
+        """The same documents as the model's twins read them, in the forward pass that `evaluation` makes; None without twins."""
+        _, *by_twins = self._read_evaluation(name)
+        return by_twins[0] if by_twins else None
 
     def sample(self, name: str) -> Codes:
         """A model's codes and residual stream of the held-out sample."""
-        return self._read(name, "sample", self.heldout_sample, keep_residuals=True)
+        return self._read(name, "sample", self.heldout_sample, [self.dictionaries(name)], keep_residuals=True)[0]
 
     def selection(self, name: str) -> Codes:
         """A model's codes and residual stream of the selection text."""
-        return self._read(name, "selection", self.selection_documents, keep_residuals=True)
+        return self._read(name, "selection", self.selection_documents, [self.dictionaries(name)], keep_residuals=True)[
+            0
+        ]
 
     def require_gate(self, force: bool) -> None:
         """Refuse to build on dictionaries that failed the quality gate, unless `force`, which the run then remembers."""
@@ -120,9 +137,21 @@ class Session:
         first = self.study.models[0].name
         return take_documents(iter(documents), self.model(first).tokenizer, num_tokens, self.context(first))
 
-    def _read(self, name: str, which: str, documents: list[Document], keep_residuals: bool) -> Codes:
+    def _read_evaluation(self, name: str) -> list[Codes]:
+        """Codes of the held-out documents in the model's dictionaries and, if there are any, in their twins."""
+        twins = self.twins(name)
+        return self._read(name, "evaluation", self.heldout, [self.dictionaries(name), *([twins] if twins else [])])
+
+    def _read(
+        self,
+        name: str,
+        which: str,
+        documents: list[Document],
+        sets: list[dict[int, Dictionary]],
+        keep_residuals: bool = False,
+    ) -> list[Codes]:
         key = (name, which)
         if key not in self._codes:
             rows = self.rows(name, documents)
-            self._codes[key] = encode_text(self.model(name), self.dictionaries(name), rows, documents, keep_residuals)
+            self._codes[key] = encode_text_with(sets, self.model(name), rows, documents, keep_residuals)
         return self._codes[key]

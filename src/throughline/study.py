@@ -182,6 +182,8 @@ class TrainingSpec(Section):
     lr: float | Literal["auto"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = Field(default=0, ge=0)
+    # further dictionaries of each layer that differ in their first weights alone: what transfer could reach at most
+    ceiling_seeds: int = Field(default=0, ge=0, le=3)
     checkpoint_minutes: float = Field(default=5, ge=0)  # between checkpoints; 0: as often as can be
     # activations of several epochs are kept on disk: on, off, or auto: where reading them is cheaper than computing them again
     activation_cache: Literal["auto", "on", "off"] = "auto"
@@ -235,6 +237,7 @@ class TransferSpec(Section):
 
     metrics: list[str] = ["reconstruction", "matching"]
     min_count: int = Field(default=30, ge=1)  # features active on fewer tokens are left out
+    spliced: bool = False  # reconstruction runs each target model with what it carries over, once a pair of layers
 
     @model_validator(mode="after")
     def _known(self) -> Self:

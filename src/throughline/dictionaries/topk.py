@@ -25,7 +25,7 @@ class TopK(Architecture):
         pre_NF: Float[Tensor, "N F"], options: dict[str, Any], weights: dict[str, Tensor]
     ) -> Float[Tensor, "N F"]:
         """The k largest positive entries of each row; all else zero."""
-        values, features = pre_NF.topk(min(options["k"], pre_NF.shape[1]), dim=1)
+        values, features = pre_NF.topk(min(options["k"], pre_NF.shape[1]), dim=1, sorted=False)
         return torch.zeros_like(pre_NF).scatter_(1, features, values.relu())
 
     @staticmethod

@@ -32,7 +32,9 @@ SPARSE_SHARE = 0.3  # of the rate of float32 products, that gathering rows of we
 WEIGHTS_BYTES_PER_SECOND = 2e9  # read from disk, or made
 ADAM_BYTES = {True: 48 + 4, False: 120}  # moved for each of D x F a step, by: is it compiled
 PRE_ACTIVATION_PASSES = {True: 3, False: 10}  # reads and writes of each pre-activation, by: is it compiled
-SECONDS_PER_STEP = 5e-4  # at least, on a GPU: kernels are started one by one, for all layers at once
+SECONDS_PER_STEP = (
+    5e-4  # at least, on a GPU: kernels are started one by one, for all layers at once, and again for their twins
+)
 ACTIVE_SHARE = 0.05  # of the features, where a penalty decides
 SPARSE_DECODERS = ("topk",)  # autograd reads a rows of the decoder for them; the others multiply by all of it
 
@@ -45,7 +47,7 @@ class ModelCosts:
     parts: list[LayerBytes]
     forward_bytes: list[int]  # activations on their way, by layer
     fixed: dict[str, int]  # base, model, forward, buffers
-    train_flops: list[float]
+    train_flops: list[float]  # with twins, as all but activations and forward pass
     forward_flops: list[float]  # an epoch, up to and with each layer
     dictionary_bytes: list[int]
     checkpoint_bytes: list[int]
@@ -113,7 +115,8 @@ def count_costs(setting: Setting, pending: list[int]) -> ModelCosts:
     }
     cache = [training.tokens * shape.d_model * setting.activation_bytes] * len(pending)
     shortest = min((layer.seconds for layer in layers), default=0.0)
-    waiting = 0.0 if device.on_cpu else max(0.0, training.num_steps * SECONDS_PER_STEP - shortest)
+    at_least = (1 + training.ceiling_seeds) * training.num_steps * SECONDS_PER_STEP
+    waiting = 0.0 if device.on_cpu else max(0.0, at_least - shortest)
     costs = Costs(
         layers=pending,
         train_seconds=[layer.seconds for layer in layers],
@@ -164,7 +167,8 @@ class _Layer:
 def _count_layer(setting: Setting, layer: int) -> _Layer:
     spec, training, device, D = setting.dictionary(layer), setting.training, setting.device, setting.shape.d_model
     F, N = spec.width(D), training.batch_tokens
-    tokens_trained = training.num_steps * N
+    num_dictionaries = 1 + training.ceiling_seeds
+    tokens_trained = num_dictionaries * training.num_steps * N
     fast = compiled.can_train(ARCHITECTURES.load(spec.architecture).name, "cpu" if device.on_cpu else "cuda")
     active = spec.l0 or ACTIVE_SHARE * F
     dense, sparse = _flops_of_a_token(spec.architecture, D, F, active, fast)
@@ -175,7 +179,9 @@ def _count_layer(setting: Setting, layer: int) -> _Layer:
     )
     chunk = chunk_tokens(D, N, training.tokens * training.epochs, setting.shape.num_layers)
     number = 2 if setting.copies_model or setting.spec.dtype == "bfloat16" else 4
-    parts = measure_layer(D, F, chunk, N, by_autograd=not fast, bytes_per_number=number)
+    parts = measure_layer(
+        D, F, chunk, N, by_autograd=not fast, bytes_per_number=number, num_dictionaries=num_dictionaries
+    )
     folding = 3 * 4 * D * F
     workspace = device.threads * compiled.workspace_bytes(N, D, F, spec.l0) if fast else 0
     optimizer = 20 * 2 * D * F / N  # operations of Adam

@@ -32,8 +32,8 @@ def refuse(
 ) -> None:
     """InputError if a pending layer fits on none of the devices; `settings` are by model, then by kind of device.
 
-    It names the layer that needs most, the smallest memory that would do, and the largest expansion and batch, each changed
-    alone, that would.
+    It names the layer that needs most, the smallest memory that would do, and the largest expansion and batch and the most
+    twins, each changed alone, that would.
     """
     largest = {d.kind: d for d in sorted(devices, key=lambda device: device.memory_bytes)}
     found = [_find(settings[model], layers, largest) for model, layers in pending.items()]
@@ -62,7 +62,10 @@ def _find(settings: dict[str, Setting], layers: list[int], largest: dict[str, Pl
 
 
 def _smaller(setting: Setting, misfits: list[_Misfit]) -> list[str]:
-    """The largest expansion and the largest batch with which all misfits fit, if any do; `setting` is of the worst."""
+    """The largest expansion, the largest batch and the most twins with which all misfits fit, if any do.
+
+    `setting` is of the worst.
+    """
     dictionary = setting.dictionary(misfits[0].layer)
     widest = max(
         10 * m.setting.dictionary(m.layer).width(m.setting.shape.d_model) // m.setting.shape.d_model for m in misfits
@@ -77,12 +80,17 @@ def _smaller(setting: Setting, misfits: list[_Misfit]) -> list[str]:
     def with_batch(tokens: int) -> Study:
         return _changed(setting.study, "training", {"batch_tokens": tokens})
 
+    def with_twins(count: int) -> Study:
+        return _changed(setting.study, "training", {"ceiling_seeds": count})
+
     tenths = _largest(widest, lambda value: fit(with_expansion(value)))
     halvings = [setting.training.batch_tokens >> i for i in range(1, setting.training.batch_tokens.bit_length())]
     batch = next((tokens for tokens in halvings if fit(with_batch(tokens))), None)
     instead = "" if dictionary.d_sae is None else " in place of d_sae"
     ways = [f"dictionary.expansion {tenths / 10:g}{instead}"] if tenths else []
-    return ways + ([f"training.batch_tokens {batch}"] if batch else [])
+    ways += [f"training.batch_tokens {batch}"] if batch else []
+    twins = next((n for n in reversed(range(setting.training.ceiling_seeds)) if fit(with_twins(n))), None)
+    return ways if twins is None else [*ways, f"training.ceiling_seeds {twins}"]
 
 
 def _changed(study: Study, section: str, values: dict) -> Study:

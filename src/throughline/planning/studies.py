@@ -201,6 +201,11 @@ def _assumptions(study: Study, devices: list[PlannedDevice], placement: Placemen
     )
     if any(study.dictionary_for(m).l0 is None for m in study.models):
         lines.append(f"where a penalty decides, {ACTIVE_SHARE:.0%} of the features are active")
+    if study.training.ceiling_seeds:
+        lines.append(
+            f"each of {study.training.ceiling_seeds + 1} dictionaries of a layer (training.ceiling_seeds) takes "
+            "as much as one alone; they share the forward pass"
+        )
     if len({block.model for block in placement.blocks}) < len(placement.blocks):
         lines.append(
             "the parts of a split model each run it up to their last layer; layers do not depend on one another"

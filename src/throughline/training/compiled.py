@@ -125,7 +125,7 @@ class CompiledLayer:
                 with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
                     loss, error, num_codes = self._step(chunk_CD, order, step, space)
             if not math.isfinite(loss):
-                raise NonFiniteLoss(self.group.layers[0], step, loss)
+                raise NonFiniteLoss(self.group.layers[0], self.group.twin, step, loss)
             done += taken
         squares = max(float(np.vdot(space.x_ND, space.x_ND)), 1e-30)
         dead = float((self._idle_F >= self._dead_after).mean())
@@ -166,7 +166,7 @@ class CompiledLayer:
             self._idle_F,
         )
         if not math.isfinite(loss):
-            raise NonFiniteLoss(self.group.layers[0], step + min(done, num_steps - 1), loss)
+            raise NonFiniteLoss(self.group.layers[0], self.group.twin, step + min(done, num_steps - 1), loss)
         self._after_step(step + num_steps - 1, num_codes, math.inf, s)
         return loss, error, num_codes
 
@@ -301,15 +301,16 @@ def _limit_of_sample(pre: Tensor, b_enc_F: np.ndarray, k: int) -> np.float32:
 
 
 class CompiledTrainer:
-    """Layers of all groups that this file can train, beside each other on `num_threads` threads."""
+    """Layers and twins of all groups that this file can train, beside each other on `num_threads` threads."""
 
     def __init__(self, groups: Sequence[Group], course: Course, num_threads: int) -> None:
         singles = [group.single(i) for group in groups for i in range(len(group.layers))]
         self._layers = [CompiledLayer(single, course) for single in singles]
         self._course = course
-        self._num_threads = max(1, min(num_threads, len(self._layers)))
-        # a thread's own products use what the others leave idle
-        self._inner_threads = max(1, num_threads // self._num_threads)
+        num_own = sum(not single.twin for single in singles)
+        # a thread's own products use what the others leave idle; twins do not count, since the last bits may depend on it
+        self._inner_threads = max(1, num_threads // max(1, min(num_threads, num_own)))
+        self._num_threads = max(1, min(num_threads // self._inner_threads, len(self._layers)))
         # numpy's products, in compiled loops, would start threads of their own
         self._libraries = ThreadpoolController()
         self._spaces: list[dict[tuple, Workspace]] = [{} for _ in range(self._num_threads)]

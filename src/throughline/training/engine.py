@@ -6,13 +6,16 @@
     4. fold mean and scale into the weights
 
 Layers of the same shape and architecture form a group; nothing couples them. On CPUs `compiled.py` trains what it can,
-`plain.py` the rest. Several ranks, a device each, may go through this together (`ranks.py`), with the same result.
+`plain.py` the rest. Twins, dictionaries of the same layers that begin otherwise, form further groups and go through the same
+chunks in the same order; the layers' own dictionaries are the same to the bit with and without them. Several ranks, a device
+each, may go through this together (`ranks.py`), with the same result.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -29,7 +32,7 @@ from throughline.training import compiled
 from throughline.training.checkpoints import Checkpoint, Checkpoints
 from throughline.training.chunks import Chunk, Cursor, read_chunks
 from throughline.training.compiled import CompiledTrainer
-from throughline.training.group import Course, Group, NonFiniteLoss
+from throughline.training.group import Course, Group, NonFiniteLoss, seed_of
 from throughline.training.plain import PlainTrainer
 from throughline.training.precision import trains_in_bfloat16
 from throughline.training.ranks import ALONE, Ranks
@@ -45,6 +48,7 @@ REPORT_SECONDS = 1.0
 SCALED_ON = 4096  # tokens that dictionaries are initialised from
 PIECE_TOKENS = 512  # of a chunk at a time: they stay in the cache
 LENGTH_FROM = 512  # of them, on which the encoder's first length is found
+Shape = tuple[str, int, int | None]  # architecture, features, and k where it says how many are active
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,14 @@ class Progress:
     l0: list[float]
     fvu: list[float]
     dead: list[float]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gives: each layer's own dictionary, and by layer too each of `training.ceiling_seeds` twins, in order."""
+
+    own: dict[int, Dictionary]
+    twins: list[dict[int, Dictionary]]
 
 
 class Trainer(Protocol):
@@ -86,8 +98,8 @@ def train(
     say: Callable[[str], None] = _nothing,
     checkpoints: Checkpoints | None = None,
     ranks: Ranks = ALONE,
-) -> dict[int, Dictionary]:
-    """Dictionaries of the layers in `specs`, whose activations `source` has in that order.
+) -> Trained:
+    """Dictionaries of the layers in `specs`, whose activations `source` has in that order, and their twins.
 
     `num_layers` is the model's depth (thirds of it choose the L1 coefficient). Stops when the source ends or the study's
     tokens are used, whichever is first. With `checkpoints`, goes on from the latest one if there is one.
@@ -132,7 +144,7 @@ def train(
     )
     course = Course(num_steps, training.batch_tokens, training.seed, dead_after, bfloat16)
     trainers = _make_trainers(groups, course, device, say, ranks)
-    reporter = _Reporter(groups, training, model, num_steps, step, report)
+    reporter = _Reporter([group for group in groups if not group.twin], training, model, num_steps, step, report)
     while chunk is not None and step < num_steps:
         steps = min(len(chunk.order_C) // training.batch_tokens, num_steps - step)
         reporter.begin(step, len(trainers))
@@ -140,8 +152,9 @@ def train(
             try:
                 trainer.train(chunk, step, steps, reporter.tick)
             except NonFiniteLoss as error:
+                which = f" seed {error.twin}" if error.twin else ""
                 raise TrainingError(
-                    f"{model} layer {error.layer}: the loss is {error.loss} at step {error.step}; "
+                    f"{model} layer {error.layer}{which}: the loss is {error.loss} at step {error.step}; "
                     f"lower training.lr (now {training.lr}) if the activations are finite"
                 ) from error
             reporter.trained(steps)
@@ -153,7 +166,10 @@ def train(
     reporter.finish(step)
     for group in groups:
         group.moments = {}  # the dictionaries need the memory now
-    return {layer: d for group in groups for layer, d in _fold(group, model, step, training).items()}
+    folded: list[dict[int, Dictionary]] = [{} for _ in range(1 + training.ceiling_seeds)]
+    for group in groups:
+        folded[group.twin] |= _fold(group, model, step, training)
+    return Trained(own=folded[0], twins=folded[1:])
 
 
 def learning_rate(training: TrainingSpec, d_sae: int) -> float:
@@ -177,19 +193,19 @@ def learning_rate(training: TrainingSpec, d_sae: int) -> float:
 def _make_groups(
     chunk: Chunk | None, specs: dict[int, DictionarySpec], training: TrainingSpec, num_layers: int, model: str
 ) -> list[Group]:
-    """Layers by shape, initialised from the first chunk."""
+    """Layers by shape, then their twins, initialised from the first chunk."""
     assert chunk is not None
     first_LND, groups = chunk.x_LCD, []
     mean_LD = torch.stack([_mean_of(x_ND) for x_ND in first_LND])
     _check_finite(mean_LD, list(specs), model)
     scale_L = torch.stack([_scale_of(x_ND, mean_D) for x_ND, mean_D in zip(first_LND, mean_LD, strict=True)])
-    for (name, d_sae, k), layers in _by_shape(specs, first_LND.shape[2]).items():
+    for twin, ((name, d_sae, k), layers) in _in_order(specs, first_LND.shape[2], training):
         columns = [list(specs).index(layer) for layer in layers]
         architecture = ARCHITECTURES.load(name)
         some = chunk.order_C[:SCALED_ON].to(first_LND.device)
         some_LND = torch.stack([first_LND[column, some] for column in columns]).float()
         x_LND = (some_LND - mean_LD[columns][:, None]) * scale_L[columns][:, None, None]
-        generators = [torch.Generator().manual_seed(training.seed * 1009 + layer) for layer in layers]
+        generators = [torch.Generator().manual_seed(seed_of(training.seed, layer, twin)) for layer in layers]
         stack = Stack.initialize(x_LND, d_sae, generators, architecture)
         controller = _control(architecture, {layer: specs[layer] for layer in layers}, num_layers, x_LND)
         _set_encoder_(stack, architecture, x_LND, k, controller)
@@ -197,6 +213,7 @@ def _make_groups(
         groups.append(
             Group(
                 **_described(name, d_sae, k, columns, layers, training),
+                twin=twin,
                 mean_LD=mean_LD[columns],
                 scale_L=scale_L[columns],
                 stack=stack,
@@ -223,9 +240,16 @@ def _described(
     }
 
 
-def _by_shape(specs: dict[int, DictionarySpec], d_model: int) -> dict[tuple[str, int, int | None], list[int]]:
+def _in_order(
+    specs: dict[int, DictionarySpec], d_model: int, training: TrainingSpec
+) -> Iterator[tuple[int, tuple[Shape, list[int]]]]:
+    """Twin (0: the layers' own dictionary), shape and layers of each group, in the order in which checkpoints number them."""
+    return product(range(1 + training.ceiling_seeds), _by_shape(specs, d_model).items())
+
+
+def _by_shape(specs: dict[int, DictionarySpec], d_model: int) -> dict[Shape, list[int]]:
     """Layers by architecture, number of features and k; k is None where a penalty decides how many are active."""
-    by_shape: dict[tuple[str, int, int | None], list[int]] = {}
+    by_shape: dict[Shape, list[int]] = {}
     for layer, spec in specs.items():
         d_sae = spec.width(d_model)
         has_penalty = ARCHITECTURES.load(spec.architecture).first_penalty(1.0, d_model) is not None
@@ -282,7 +306,7 @@ def _restore(found: Checkpoint, specs: dict[int, DictionarySpec], training: Trai
     """The groups of a checkpoint."""
     d_model = found.tensors["0/mean"].shape[1]
     groups = []
-    for number, ((name, d_sae, k), layers) in enumerate(_by_shape(specs, d_model).items()):
+    for number, (twin, ((name, d_sae, k), layers)) in enumerate(_in_order(specs, d_model, training)):
         t = {n.partition("/")[2]: v.to(device) for n, v in found.tensors.items() if n.startswith(f"{number}/")}
         architecture = ARCHITECTURES.load(name)
         fresh = architecture.extra((len(layers), d_sae, d_model))
@@ -292,6 +316,7 @@ def _restore(found: Checkpoint, specs: dict[int, DictionarySpec], training: Trai
         groups.append(
             Group(
                 **_described(name, d_sae, k, [list(specs).index(layer) for layer in layers], layers, training),
+                twin=twin,
                 mean_LD=t["mean"],
                 scale_L=t["scale"],
                 stack=stack,
@@ -334,6 +359,8 @@ def _fold(group: Group, model: str, steps: int, training: TrainingSpec) -> dict[
             "model_name": model,
             "layer": layer,
             "training_tokens": steps // training.passes * training.batch_tokens,
+            "seed": training.seed,
+            "training_architecture": group.architecture.name,
         }
         folded[layer] = group.stack.fold(
             i,
@@ -341,7 +368,7 @@ def _fold(group: Group, model: str, steps: int, training: TrainingSpec) -> dict[
             group.mean_LD[i],
             float(group.scale_L[i]),
             group.options,
-            metadata | {"seed": training.seed, "training_architecture": group.architecture.name},
+            metadata | ({"ceiling_seed": group.twin} if group.twin else {}),
         )
     return folded
 

@@ -14,6 +14,9 @@ BETAS = (0.9, 0.99)  # a hundred steps' memory of squares: short runs gain 3 to 
 EPSILON = 1e-8
 WARM_UP_SHARE = 0.05
 DECAY_FROM = 0.2  # of the run, then linear to 0
+TWINS_APART = (
+    1_000_000_007  # three times as much is less than 2^32, of which torch's generator on the CPU takes the remainder
+)
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,20 @@ class Course:
         return min(self.dead_after, group.starved_after)
 
 
-class NonFiniteLoss(Exception):
-    """The loss of a layer is not a number any more."""
+def seed_of(seed: int, layer: int, twin: int) -> int:
+    """What the random numbers of a layer's dictionary (`twin` 0) are drawn from, or those of one of its twins (1, 2, 3).
 
-    def __init__(self, layer: int, step: int, loss: float) -> None:
-        super().__init__(layer, step, loss)
-        self.layer, self.step, self.loss = layer, step, loss
+    All differ: a shared start would fake matches between layers and between seeds.
+    """
+    return seed * 1009 + layer + twin * TWINS_APART
+
+
+class NonFiniteLoss(Exception):
+    """The loss of a layer, or of a twin of it, is not a number any more."""
+
+    def __init__(self, layer: int, twin: int, step: int, loss: float) -> None:
+        super().__init__(layer, twin, step, loss)
+        self.layer, self.twin, self.step, self.loss = layer, twin, step, loss
 
 
 @dataclass
@@ -63,10 +74,15 @@ class Measures:
         return cls(*(torch.full((num_layers,), math.nan) for _ in range(4)))
 
 
-@dataclass
+@dataclass(eq=False)  # a group is itself alone: tensors have no one answer to whether they are equal
 class Group:
-    """L layers of one architecture, d_sae and k. `columns` is where they stand in the harvest; the rest is by layer."""
+    """L layers of one architecture, d_sae and k. `columns` is where they stand in the harvest; the rest is by layer.
 
+    `twin` is 0 for the layers' own dictionaries. Twins have groups of their own, alike in all but the first weights: what
+    products of stacked layers give may depend, in the last bits, on how many they are.
+    """
+
+    twin: int
     columns: list[int]
     layers: list[int]
     architecture: type[Architecture]

@@ -15,7 +15,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 class LayerBytes(NamedTuple):
-    """Memory of one layer's training at its end, which is when most is held: its dictionary is folded beside its moments."""
+    """Memory of one layer's training at its end, which is when most is held: its dictionary is folded beside its moments.
+
+    Twins are counted in.
+    """
 
     parameters: int  # float32 weights
     optimizer: int  # two moments
@@ -31,14 +34,24 @@ class LayerBytes(NamedTuple):
 
 
 def measure_layer(
-    d_model: int, d_sae: int, chunk_tokens: int, batch_tokens: int, by_autograd: bool, bytes_per_number: int = 4
+    d_model: int,
+    d_sae: int,
+    chunk_tokens: int,
+    batch_tokens: int,
+    by_autograd: bool,
+    bytes_per_number: int = 4,
+    num_dictionaries: int = 1,
 ) -> LayerBytes:
-    """What one layer holds while it is trained. `bytes_per_number` is of the activations: 2 where they are bfloat16."""
+    """What one layer holds while it is trained. `bytes_per_number` is of the activations: 2 where they are bfloat16.
+
+    Its own dictionary and its twins (`num_dictionaries`) share the chunk, and take turns with what autograd needs for a step.
+    """
     weights = 4 * (2 * d_model * d_sae + d_model + d_sae)
     rounded_encoder, folded = 2 * d_model * d_sae, weights
     step = weights + PRE_ACTIVATIONS * 4 * batch_tokens * d_sae if by_autograd else 0
     chunk = bytes_per_number * chunk_tokens * d_model
-    return LayerBytes(weights, 2 * weights, chunk, rounded_encoder + folded + step)
+    buffers = num_dictionaries * (rounded_encoder + folded) + step
+    return LayerBytes(num_dictionaries * weights, num_dictionaries * 2 * weights, chunk, buffers)
 
 
 def free_bytes(device: str) -> int:

@@ -52,7 +52,7 @@ class PlainTrainer:
     def _check(self, step: int) -> None:
         for layer, loss in zip(self._group.layers, self._group.latest.loss.tolist(), strict=True):
             if not math.isfinite(loss):
-                raise NonFiniteLoss(layer, step, loss)
+                raise NonFiniteLoss(layer, self._group.twin, step, loss)
 
     def _remember(self, step: int) -> None:
         """The group's moments are the optimizer's."""

@@ -6,14 +6,14 @@
        does not leap; where k is chosen the bias is 0
     4. what the optimizer remembers of these rows is forgotten; an architecture's own weights start anew
 
-Generators are made from seed, layer and step, so that there is no state.
+Generators are made from seed, layer, twin and step, so that there is no state.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from throughline.training.group import Course, Group
+from throughline.training.group import Course, Group, seed_of
 
 FROM_SHARE = 0.1  # of the run
 UNTIL_SHARE, UNTIL_SHARE_WITH_PENALTY = 0.8, 0.7  # a penalty needs longer to settle what a new feature did to L0
@@ -50,7 +50,7 @@ def resample_(
         dead = dead_F.nonzero()[: int(LARGEST_SHARE * len(weight_N)), 0]
         if not len(dead) or int((weight_N > 0).sum()) < len(dead):
             continue
-        generator = torch.Generator().manual_seed((course.seed * 1009 + layer) * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(seed_of(course.seed, layer, group.twin) * 1_000_003 + step)
         tokens = torch.multinomial(weight_N.cpu(), len(dead), generator=generator).to(error_ND.device)
         _point_(group, index, dead, torch.nn.functional.normalize(error_ND[tokens]), x_LND[index, tokens], ~dead_F)
         group.idle_tokens_LF[index, dead] = 0

@@ -1,36 +1,71 @@
 """Matching: which feature of another layer or model fires with this one.
 
     1. tokens of the two models are aligned where they end
-    2. r[u, v] = Pearson's correlation of activations over the aligned tokens
-    3. the partner of u is argmax_v r[u, v]
-    4. null: the same with the target's tokens taken from the next document; the threshold of a layer pair is the 99.9 %
-       quantile of these best chance correlations. `null` is the share that passes it when target tokens are shuffled
-       within their role (number in the question, word in the answer, …): what the kind of position alone explains
+    2. r[u, v] = Pearson's correlation of activations over the aligned tokens; the partner of u is argmax_v r[u, v]
+    3. chance: the same with the target's tokens taken from another document, at the same place of it. The threshold of a pair of
+       layers is the 99.9 % quantile of these best chance correlations, of both directions where they have about as many candidates
+    4. null: the share that passes the threshold when nothing is known but the kind of position: tokens shuffled among those
+       of the same role in both models (number in the question, word in the answer, …), in the mean over all shuffles
+    5. ceiling: the same share between the source layer and its twin, a dictionary of that layer from another seed
+
 Features that fire on fewer than `min_count` aligned tokens are left out: two rare features that meet once correlate perfectly.
 """
 
+import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse as sp
 
+from throughline.codes import Codes
+from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.records import TransferInfo, TransferResult
-from throughline.transfer.pairs import (
-    Columns,
-    Side,
-    align,
-    bootstrap_interval,
-    correlate,
-    moments_of,
-    prepare,
-    shift_documents,
-    shuffle_within,
+from throughline.transfer.cooccurrence import (
+    Best,
+    SourceFeatures,
+    TargetTokens,
+    best_by_chance,
+    best_by_groups,
+    live_features,
+    masses_of,
+    relate,
 )
+from throughline.transfer.decoders import compare_decoders
+from throughline.transfer.gates import AND, OR, STRENGTH, find_gates
+from throughline.transfer.pairs import Aligned, Side, align, bootstrap_interval, shift_documents
 
 NULL_QUANTILE = 0.999
+FEWEST_CHANCES = 500  # best chance correlations that the quantile is taken of; few features need several shifts
+MOST_SHIFTS = 8
+ABOUT_AS_MANY = 1.5  # candidates of one direction over those of the other: the highest of more of them is higher
+MOST_ASSIGNED = 2048  # features of a layer up to which an optimal assignment is computed, in cubic time
+OF_PAIRS = (
+    "value",
+    "low",
+    "high",
+    "null",
+    "ceiling",
+    "threshold",
+    "mutual",
+    "mean_correlation",
+    "mean_low",
+    "mean_high",
+)
+OF_PAIRS += ("null_correlation", "ceiling_correlation", "strict", "assigned", "and_gates", "or_gates")
+OF_DECODERS = ("cosine_agrees", "folded_agrees", "mean_cosine", "pw_mcc", "pw_mcc_by_mass")
+OF_FEATURES = ("correlation", "chance", "sufficiency", "necessity", "jaccard", "cosine")
+
+
+class Found(NamedTuple):
+    """One direction of a pair of layers: ids of the live source features, numbers, arrays by live feature, and gates."""
+
+    live: np.ndarray
+    numbers: dict[str, float]
+    arrays: dict[str, np.ndarray]
+    gates: np.ndarray = np.zeros((0, 4), np.int32)
 
 
 class Matching:
@@ -38,100 +73,259 @@ class Matching:
 
     name = "matching"
     across_models = True
+    both_ways = True
 
-    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> TransferResult:
-        """Arrays value, low, high, null [Ls, Lt]; mean_correlation, null_correlation, threshold [Ls, Lt]; mutual [Ls, Lt],
-        the share in mutual-best pairs above the threshold; partner, correlation [Ls, Lt, F]; live [Ls, F]."""
+    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> list[TransferResult]:
+        """Both directions. Arrays [Ls, Lt] named in OF_PAIRS and OF_DECODERS (NaN across models); [Ls, Lt, F] in OF_FEATURES and
+        `partner`; live [Ls, F]; gates [n, 6]: source layer, target layer, kind, target feature, its two parents.
+        docs/measures.md says what each is."""
         aligned = align(source.codes, target.codes)
         num_documents = len(np.unique(source.codes.documents_N[aligned.source_N]))
         if num_documents < 2:
             raise InputError(
                 f"matching needs two held-out documents or more, found {num_documents}; raise evaluation.tokens, or give more text"
             )
-        shifted = shift_documents(target.codes, aligned.target_N, by=1)
-        rng = np.random.default_rng(seed)
-        shuffled = shuffle_within(target.codes.roles_N[aligned.target_N], rng)
-        has_other = shifted >= 0
-        here = [_View.of(m[aligned.source_N], min_count, {"shifted": has_other}) for m in source.codes.layers.values()]
-        ways = {"shifted": shifted[has_other], "shuffled": shuffled}
-        there = [_View.of(m[aligned.target_N], min_count, ways) for m in target.codes.layers.values()]
-        width = max(view.width for view in here)
-        shape = (len(source.layers), len(target.layers))
-        names = ("value", "low", "high", "null", "mean_correlation", "null_correlation", "threshold", "mutual")
-        arrays: dict[str, np.ndarray] = {name: np.full(shape, np.nan) for name in names}
-        arrays["partner"] = np.full((*shape, width), -1, dtype=np.int32)
-        arrays["correlation"] = np.full((*shape, width), np.nan, dtype=np.float32)
-        arrays["live"] = np.zeros((shape[0], width), dtype=bool)
-        for i, a in enumerate(here):
-            arrays["live"][i, a.features] = True
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # sparse products let go of the interpreter lock
-            cells = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
-            matched = pool.map(lambda cell: match_layers(here[cell[0]], there[cell[1]], seed), cells)
-            for (i, j), found in zip(cells, matched, strict=True):
-                for name, value in found.items():
-                    where = (i, j, slice(0, len(value))) if isinstance(value, np.ndarray) else (i, j)
-                    arrays[name][where] = value
+        there, back = _Direction(source, target), _Direction(target, source)
+        for i, j, forward, backward in _match_models(source, target, aligned, min_count, seed):
+            there.put(i, j, forward)
+            back.put(j, i, backward)
+            if source.model == target.model:
+                there.put(j, i, backward)
+        if aligned.strict_N.all():
+            for direction in (there, back):
+                direction.arrays["strict"][:] = direction.arrays["value"]
+        else:
+            for i, j, forward, backward in _match_models(source, target, aligned.strict(), min_count, seed, lean=True):
+                there.arrays["strict"][i, j], back.arrays["strict"][j, i] = (
+                    forward.numbers.get("value", math.nan),
+                    backward.numbers.get("value", math.nan),
+                )
+        there.put_ceilings(aligned.source_N, min_count, seed)
+        if source.model == target.model:
+            return [there.result(aligned, num_documents, min_count, seed)]
+        back.put_ceilings(aligned.target_N, min_count, seed)
+        return [
+            there.result(aligned, num_documents, min_count, seed),
+            back.result(
+                aligned.reversed(source.codes.num_tokens, target.codes.num_tokens), num_documents, min_count, seed
+            ),
+        ]
+
+
+class _Direction:
+    """The result of one direction while it is gathered."""
+
+    def __init__(self, source: Side, target: Side) -> None:
+        self._source, self._target = source, target
+        self._gates: list[np.ndarray] = []
+        shape = (len(source.dictionaries), len(target.dictionaries))
+        width = max((d.d_sae for d in source.dictionaries.values()), default=0)
+        self.arrays: dict[str, np.ndarray] = {name: np.full(shape, np.nan) for name in OF_PAIRS + OF_DECODERS}
+        for name in OF_FEATURES:
+            self.arrays[name] = np.full((*shape, width), np.nan, dtype=np.float32)
+        self.arrays["partner"] = np.full((*shape, width), -1, dtype=np.int32)
+        self.arrays["live"] = np.zeros((shape[0], width), dtype=bool)
+
+    def put(self, i: int, j: int, found: Found) -> None:
+        """What was found of source layer i and target layer j."""
+        self.arrays["live"][i, found.live] = True
+        for name, number in found.numbers.items():
+            self.arrays[name][i, j] = number
+        for name, array in found.arrays.items():
+            self.arrays[name][i, j, found.live] = array
+        self._gates.append(np.insert(found.gates, [0, 0], (i, j), axis=1))
+
+    def put_ceilings(self, tokens_N: np.ndarray, min_count: int, seed: int) -> None:
+        """Each source layer against its twin."""
+        twins, codes = self._source.twins, self._source.twin_codes
+        if codes is None:
+            return
+        meeting = _Meeting.of(self._source.codes, codes, Aligned(tokens_N, tokens_N, 1.0, np.ones(len(tokens_N), bool)))
+        for i, (layer, dictionary) in enumerate(self._source.dictionaries.items()):
+            if layer in twins:
+                mine = SourceFeatures.of(self._source.codes.layers[layer], tokens_N, min_count)
+                other = _Layer.of(codes, layer, meeting, min_count, mine)
+                found, _ = _match_layers(mine, other, meeting, (dictionary, twins[layer]), seed)
+                self.arrays["ceiling"][i] = found.numbers.get("value", math.nan)
+                self.arrays["ceiling_correlation"][i] = found.numbers.get("mean_correlation", math.nan)
+
+    def result(self, aligned: Aligned, num_documents: int, min_count: int, seed: int) -> TransferResult:
+        """With what the arrays mean."""
+        source = self._source
+        if not source.twins:
+            self.arrays = {name: a for name, a in self.arrays.items() if not name.startswith("ceiling")}
+        gates = np.concatenate(self._gates) if self._gates else np.zeros((0, 6), np.int32)
+        self.arrays["gates"] = gates[np.lexsort(gates.T[::-1])].astype(np.int32)
         info = TransferInfo(
-            metric=self.name,
+            metric=Matching.name,
             source=source.model,
-            target=target.model,
-            source_layers=source.layers,
-            target_layers=target.layers,
+            target=self._target.model,
+            source_layers=list(source.dictionaries),
+            target_layers=list(self._target.dictionaries),
             quantity="share of live source features with a partner in the target layer above the null",
-            null="the same share when target tokens are shuffled among the same kind of position (number in the question, …)",
-            ceiling=None,
+            null="the same share if only the kind of position were known (number in the question, …)",
+            ceiling="the same share between the source layer and a dictionary of it from another seed"
+            if source.twins
+            else None,
             num_tokens=len(aligned.source_N),
             num_documents=num_documents,
             coverage=aligned.coverage,
             seed=seed,
             details={
                 "min_count": min_count,
-                "threshold": f"{NULL_QUANTILE:.1%} quantile of best correlations with the next document's tokens",
+                "threshold": f"{NULL_QUANTILE:.1%} quantile of best correlations with tokens of other documents",
                 "interval": "bootstrap over features",
+                "same tokens": int(aligned.strict_N.sum()),
             },
         )
-        return TransferResult(info, arrays)
+        return TransferResult(info, self.arrays)
 
 
-class _View(NamedTuple):
-    """The live features of a layer on the aligned tokens, and the same with tokens chosen otherwise for the nulls."""
+# ---- two models
 
-    width: int
-    features: np.ndarray
-    real: Columns
-    other: dict[str, Columns]
+
+def _match_models(
+    source: Side, target: Side, aligned: Aligned, min_count: int, seed: int, lean: bool = False
+) -> Iterator[tuple[int, int, Found, Found]]:
+    """Every pair of layers, in both directions; of one model with itself each pair once. `lean`: shares above chance alone."""
+    meeting, same = _Meeting.of(source.codes, target.codes, aligned), source.model == target.model
+    mine = [SourceFeatures.of(source.codes.layers[i], aligned.source_N, min_count) for i in source.dictionaries]
+    rows = list(source.dictionaries.values())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compiled functions let go of the interpreter lock
+        for j, (layer, dictionary) in enumerate(target.dictionaries.items()):
+            partners = mine[: j + 1] if same else mine
+            other = _Layer.of(target.codes, layer, meeting, min_count, *partners)
+
+            def match(i: int, other: _Layer = other, dictionary: Dictionary = dictionary) -> tuple[Found, Found]:
+                decoders = (rows[i], dictionary) if same else None
+                return _match_layers(mine[i], other, meeting, decoders, seed, lean)
+
+            for i, (forward, backward) in enumerate(pool.map(match, range(len(partners)))):
+                yield i, j, forward, backward
+
+
+class _Meeting(NamedTuple):
+    """Which target token each aligned source token meets: its own, and by chance; and which of R roles it has in both models."""
+
+    rows_N: np.ndarray
+    shifted: list[np.ndarray]
+    roles_N: np.ndarray
 
     @classmethod
-    def of(cls, matrix_NF: sp.csr_array, min_count: int, ways: dict[str, np.ndarray]) -> "_View":
-        features = np.flatnonzero(moments_of(matrix_NF).num_active >= min_count)
-        live = sp.csr_array(matrix_NF[:, features])
-        return cls(matrix_NF.shape[1], features, prepare(live), {way: prepare(live[N]) for way, N in ways.items()})
+    def of(cls, source: Codes, target: Codes, aligned: Aligned) -> "_Meeting":
+        shifted = []
+        for by in range(1, MOST_SHIFTS + 1):
+            other_N = shift_documents(target, aligned.target_N, by)
+            shifted.append(np.where(other_N >= 0, aligned.target_N[other_N], -1))
+        roles = np.stack([source.roles_N[aligned.source_N], target.roles_N[aligned.target_N]])
+        return cls(aligned.target_N, shifted, np.unique(roles, axis=1, return_inverse=True)[1].ravel())
 
 
-def match_layers(source: _View, target: _View, seed: int) -> dict[str, float | np.ndarray]:
-    """Partners and summaries of one layer pair; the arrays of `Matching.compute` for it."""
-    features, columns = source.features, target.features
-    correlation, partner = np.full(source.width, np.nan), np.full(source.width, -1)
-    if not len(features) or not len(columns):
-        return {"partner": partner, "correlation": correlation}
-    r = correlate(source.real, target.real)
-    best = r.argmax(1)
-    correlation[features], partner[features] = r[np.arange(len(features)), best], columns[best]
-    chance = correlate(source.other["shifted"], target.other["shifted"]).max(1)
-    threshold = float(np.quantile(chance, NULL_QUANTILE))
-    within_role = correlate(source.real, target.other["shuffled"]).max(1)
-    above = (correlation[features] > threshold).astype(float)
-    mutual = (r.argmax(0)[best] == np.arange(len(features))) & (above > 0)
+class _Layer(NamedTuple):
+    """A target layer at the tokens that source tokens meet, and at those that they meet by chance."""
+
+    real: TargetTokens
+    chance: list[TargetTokens]
+
+    @classmethod
+    def of(cls, codes: Codes, layer: int, meeting: _Meeting, min_count: int, *sources: SourceFeatures) -> "_Layer":
+        matrix = codes.layers[layer]
+        features = live_features(matrix, meeting.rows_N, min_count)
+        fewest = min((_num_chances(len(s.features), len(features)) for s in sources), default=0)
+        shifts = meeting.shifted[: -(-FEWEST_CHANCES // max(1, fewest))]
+        return cls(
+            TargetTokens.of(matrix, features, meeting.rows_N), [TargetTokens.of(matrix, features, s) for s in shifts]
+        )
+
+
+# ---- two layers
+
+
+def _num_chances(num_source: int, num_target: int) -> int:
+    """Best chance correlations that one shift gives for a threshold."""
+    fewer, more = sorted((num_source, num_target))
+    return fewer + more if more <= ABOUT_AS_MANY * fewer else fewer
+
+
+def _match_layers(
+    source: SourceFeatures,
+    target: _Layer,
+    meeting: _Meeting,
+    decoders: tuple[Dictionary, Dictionary] | None,
+    seed: int,
+    lean: bool = False,
+) -> tuple[Found, Found]:
+    """What is found of two layers in either direction; without live features on both sides, only which are live."""
+    found = Found(source.features, {}, {}), Found(target.real.features, {}, {})
+    U, V = len(source.features), len(target.real.features)
+    if not U or not V:
+        return found
+    assigned = not lean and max(U, V) <= MOST_ASSIGNED
+    related = relate(source, target.real, strength=STRENGTH, with_matrix=assigned)
+    chances = [best_by_chance(source, view) for view in target.chance]
+    grouped = best_by_groups(source, target.real, meeting.roles_N)
+    drawn = [np.concatenate([pair[side] for pair in chances]) for side in (0, 1)]
+    if _num_chances(U, V) == U + V:
+        drawn = [np.concatenate(drawn)] * 2
+    for side, best, other in ((0, related.source, related.target), (1, related.target, related.source)):
+        threshold = float(np.quantile(drawn[side], NULL_QUANTILE, method="higher"))
+        found[side].numbers.update(_shares(best, other, threshold, grouped[side], seed))
+        found[side].arrays.update(_partners(best, other, chances[0][side]))
+    if lean:
+        return found
+    if related.r_UV is not None:
+        found[0].numbers["assigned"] = found[1].numbers["assigned"] = float(_assign(related.r_UV).mean())
+    if decoders:
+        features, masses = (source.features, target.real.features), masses_of(source, target.real)
+        for mine, compared in zip(found, compare_decoders(decoders, features, related, masses, assigned), strict=True):
+            mine.numbers.update(compared.numbers)
+            mine.arrays["cosine"] = compared.cosine
+    gates = find_gates(source, target.real, related)
+    return _with_gates(found[0], gates[0], V), _with_gates(found[1], gates[1], U)
+
+
+def _with_gates(found: Found, gates: np.ndarray, num_children: int) -> Found:
+    for kind, name in ((AND, "and_gates"), (OR, "or_gates")):
+        found.numbers[name] = float((gates[:, 0] == kind).sum()) / num_children
+    return found._replace(gates=gates)
+
+
+def _assign(r_UV: np.ndarray) -> np.ndarray:
+    """Correlations of the one-to-one assignment whose sum is the largest."""
+    from scipy.optimize import linear_sum_assignment
+
+    return r_UV[linear_sum_assignment(r_UV, maximize=True)]
+
+
+def _shares(best: Best, other: Best, threshold: float, grouped_U: np.ndarray, seed: int) -> dict[str, float]:
+    """Shares and means over the features of one direction."""
+    above = (best.correlation > threshold).astype(float)
+    mutual = (other.partner[best.partner] == np.arange(len(above))) & (above > 0)
     low, high = bootstrap_interval(above, seed)
+    mean_low, mean_high = bootstrap_interval(best.correlation, seed)
     return {
-        "partner": partner,
-        "correlation": correlation,
         "value": float(above.mean()),
         "low": low,
         "high": high,
-        "null": float((within_role > threshold).mean()),
-        "mean_correlation": float(correlation[features].mean()),
-        "null_correlation": float(within_role.mean()),
+        "null": float((grouped_U > threshold).mean()),
         "threshold": threshold,
         "mutual": float(mutual.mean()),
+        "mean_correlation": float(best.correlation.mean()),
+        "mean_low": mean_low,
+        "mean_high": mean_high,
+        "null_correlation": float(grouped_U.mean()),
+    }
+
+
+def _partners(best: Best, other: Best, chance_U: np.ndarray) -> dict[str, np.ndarray]:
+    """What is known of each feature and its partner, which is given by its id."""
+    partners = other.num_active[best.partner]
+    return {
+        "partner": other.features[best.partner],
+        "correlation": best.correlation,
+        "chance": chance_U,
+        "sufficiency": best.both / best.num_active,
+        "necessity": best.both / partners,
+        "jaccard": best.both / (best.num_active + partners - best.both),
     }

@@ -3,7 +3,6 @@
 A metric relates one model's dictionaries (source, rows) to another's or its own (target, columns), on the same documents.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,54 +10,99 @@ import scipy.sparse as sp
 
 from throughline.codes import Codes, reading_order
 from throughline.dictionaries import Dictionary
+from throughline.models import LanguageModel
 from throughline.records import TransferResult
 from throughline.tokens import TokenRows, align_ends
 
 NUM_RESAMPLES = 1000
 
 
-@dataclass(frozen=True)
-class Side:
-    """One model's part: its dictionaries, the codes of the shared text, and of a part of it with the residual stream."""
-
-    model: str
-    dictionaries: dict[int, Dictionary]
-    codes: Codes
-    sample: Codes
+class Side(Protocol):
+    """One model's part of a relation, on the run's shared text. What is costly is made when it is first asked for."""
 
     @property
-    def layers(self) -> list[int]:
-        """Layers in order."""
-        return list(self.dictionaries)
+    def model(self) -> str:
+        """Its name in the study."""
+        ...
+
+    @property
+    def dictionaries(self) -> dict[int, Dictionary]:
+        """By layer, in order."""
+        ...
+
+    @property
+    def twins(self) -> dict[int, Dictionary]:
+        """Dictionaries of the same layers that were trained from another seed; empty if the study has none."""
+        ...
+
+    @property
+    def codes(self) -> Codes:
+        """The shared held-out text."""
+        ...
+
+    @property
+    def twin_codes(self) -> Codes | None:
+        """The same text as the twins read it."""
+        ...
+
+    @property
+    def sample(self) -> Codes:
+        """The first part of that text, with the residual stream."""
+        ...
+
+    @property
+    def fit(self) -> Codes:
+        """Text of the training split with the residual stream, on which maps are fitted."""
+        ...
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model itself."""
+        ...
 
 
 class Metric(Protocol):
-    """What a metric's file provides."""
+    """What a metric's file provides.
+
+    A class, made without arguments, or with those settings of the study's `transfer` section that its constructor names.
+    """
 
     name: str
     across_models: bool  # False: only pairs of layers of one model
+    both_ways: bool  # True: one call gives the results of both directions
 
-    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> TransferResult:
-        """The relation of every source layer to every target layer."""
+    def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> list[TransferResult]:
+        """The relation of every source layer to every target layer; with `both_ways`, and of two models, the reverse as well."""
         ...
 
 
 class Aligned(NamedTuple):
-    """Token i of the source and token i of the target end at the same character."""
+    """Token i of the source and token i of the target end at the same character, and perhaps begin at the same."""
 
     source_N: np.ndarray
     target_N: np.ndarray
-    coverage: float
+    coverage: float  # share of the source's tokens
+    strict_N: np.ndarray  # True: the same token
+
+    def strict(self) -> "Aligned":
+        """The same tokens alone."""
+        same = self.strict_N
+        return Aligned(self.source_N[same], self.target_N[same], self.coverage * same.mean(), same[same])
+
+    def reversed(self, num_source_tokens: int, num_target_tokens: int) -> "Aligned":
+        """From the target to the source."""
+        coverage = self.coverage * num_source_tokens / max(1, num_target_tokens)
+        return Aligned(self.target_N, self.source_N, coverage, self.strict_N)
 
 
 def align(source: Codes, target: Codes) -> Aligned:
     """Pairs of tokens (indices in reading order) of two models on the same documents."""
     if source is target:
         everything = np.arange(source.num_tokens)
-        return Aligned(everything, everything, 1.0)
+        return Aligned(everything, everything, 1.0, np.ones(len(everything), dtype=bool))
     alignment = align_ends(source.rows, target.rows)
     places = (_places(source.rows)[alignment.index_a], _places(target.rows)[alignment.index_b])
-    return Aligned(*places, alignment.coverage)
+    return Aligned(*places, alignment.coverage, alignment.strict)
 
 
 def _places(rows: TokenRows) -> np.ndarray:
@@ -66,6 +110,14 @@ def _places(rows: TokenRows) -> np.ndarray:
     places = np.full(rows.keep.size, -1)
     places[np.flatnonzero(rows.keep)[reading_order(rows)]] = np.arange(rows.num_tokens)
     return places
+
+
+def whole_documents(documents_N: np.ndarray, most: int) -> int:
+    """The largest number of tokens up to `most` that ends with a document (or `most`, if the first is longer)."""
+    if most >= len(documents_N):
+        return len(documents_N)
+    cut = int(np.searchsorted(documents_N, documents_N[most]))
+    return cut or most
 
 
 def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
