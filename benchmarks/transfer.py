@@ -2,10 +2,10 @@
 
     python benchmarks/transfer.py RUN [--tokens 200000 400000] [--metrics reconstruction matching] [--write]
 
-RUN is a run of the bundled models that has been trained and evaluated (`throughline demo`). Each measure is a process of its own that
-works on a copy of it, with `evaluation.tokens` as given, computes every metric for every pair of models, and prints how long each
-took and the process' peak memory. `reading` is the text through the models and their dictionaries. `--write` puts the table into
-docs/performance.md.
+RUN is a run of the bundled models that has been trained and evaluated (`throughline demo`). Each measure is a process of its own
+that works on a copy of it, with `evaluation.tokens` as given, computes every metric for every pair of models, and prints how long
+each took and the process' peak memory. `reading` is the text through the models and their dictionaries. `--write` puts the table
+into docs/performance.md.
 """
 
 import argparse

@@ -8,12 +8,12 @@ import scipy.sparse as sp
 
 from throughline.transfer import cooccurrence
 from throughline.transfer.cooccurrence import (
+    Moments,
     SourceFeatures,
     TargetTokens,
     best_by_chance,
     best_by_groups,
     live_features,
-    masses_of,
     relate,
 )
 
@@ -39,11 +39,17 @@ def dense() -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def layers(a: np.ndarray, b: np.ndarray, rows_N: np.ndarray | None = None) -> tuple[SourceFeatures, TargetTokens]:
+def layers(
+    a: np.ndarray, b: np.ndarray, rows_N: np.ndarray | None = None, cuts: tuple[int, ...] = (N,)
+) -> tuple[SourceFeatures, Moments, TargetTokens]:
     """All features, and those of the target at `rows_N`."""
-    rows_N = np.arange(N) if rows_N is None else rows_N
+    rows_N, places = np.arange(N) if rows_N is None else rows_N, np.array(cuts)
     source = SourceFeatures.of(sp.csr_array(a), np.arange(N), 0)
-    return source, TargetTokens.of(sp.csr_array(b), np.arange(b.shape[1]), rows_N)
+    return (
+        source,
+        source.moments(rows_N >= 0, places),
+        TargetTokens.of(sp.csr_array(b), np.arange(b.shape[1]), rows_N, places),
+    )
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -68,11 +74,11 @@ def test_everything_of_a_pair_of_layers_is_what_dense_matrices_say(dense, small,
     found = relate(*layers(a, b), strength=0.9, with_matrix=True)
     assert found.r_UV is not None
     np.testing.assert_allclose(found.r_UV, expected, atol=1e-6)
-    for best, r, c in ((found.source, expected, both), (found.target, expected.T, both.T)):
+    for [best], r, c in ((found.source, expected, both), (found.target, expected.T, both.T)):
         np.testing.assert_allclose(best.correlation, r.max(1), atol=1e-6)
         np.testing.assert_allclose(r[np.arange(len(r)), best.partner], r.max(1), atol=1e-6)
         np.testing.assert_array_equal(best.both, c[np.arange(len(c)), best.partner])
-    np.testing.assert_array_equal(found.source.num_active, (a > 0).sum(0))
+    np.testing.assert_array_equal(found.source[0].num_active, (a > 0).sum(0))
     fewest = np.minimum.outer((a > 0).sum(0), (b > 0).sum(0))
     strong = {(int(u), int(v)): int(c) for u, v, c in found.strong}
     assert strong == {(int(u), int(v)): both[u, v] for u, v in zip(*np.nonzero(both >= 0.9 * fewest), strict=True)}
@@ -84,8 +90,8 @@ def test_ties_go_to_the_first():
     twice = np.hstack([a, a])
     found = relate(*layers(a, twice))
     changing = np.flatnonzero(a.std(0) > 1e-6)
-    np.testing.assert_array_equal(found.source.partner[changing], changing)
-    np.testing.assert_array_equal(found.target.partner[changing + U], changing)
+    np.testing.assert_array_equal(found.source[0].partner[changing], changing)
+    np.testing.assert_array_equal(found.target[0].partner[changing + U], changing)
 
 
 def test_tokens_without_a_counterpart_do_not_count(dense):
@@ -94,7 +100,7 @@ def test_tokens_without_a_counterpart_do_not_count(dense):
     rows_N[::5] = -1
     met = rows_N >= 0
     expected = pearson(a[met], b[rows_N[met]])
-    best_U, best_V = best_by_chance(*layers(a, b, rows_N))
+    [best_U], [best_V] = best_by_chance(*layers(a, b, rows_N))
     np.testing.assert_allclose(best_U, expected.max(1), atol=1e-6)
     np.testing.assert_allclose(best_V, expected.max(0), atol=1e-6)
 
@@ -126,12 +132,40 @@ def test_live_features_are_counted_on_the_chosen_tokens(dense):
     np.testing.assert_array_equal(live_features(sp.csr_array(a), chosen, 20), expected)
     source = SourceFeatures.of(sp.csr_array(a), chosen, 20)
     np.testing.assert_array_equal(source.features, expected)
-    target = TargetTokens.of(sp.csr_array(b), np.array([0, 3, 16]), chosen)
-    found = relate(source, target, with_matrix=True)
+    cuts = np.array([len(chosen)])
+    target = TargetTokens.of(sp.csr_array(b), np.array([0, 3, 16]), chosen, cuts)
+    moments = source.moments(np.ones(len(chosen), bool), cuts)
+    found = relate(source, moments, target, with_matrix=True)
     np.testing.assert_allclose(found.r_UV, pearson(a[chosen][:, expected], b[chosen][:, [0, 3, 16]]), atol=1e-6)
-    masses = masses_of(source, target)
-    np.testing.assert_allclose(masses[0], a[chosen][:, expected].sum(0, dtype=np.float64), rtol=1e-9)
-    np.testing.assert_allclose(masses[1], b[chosen][:, [0, 3, 16]].sum(0, dtype=np.float64), rtol=1e-9)
+    np.testing.assert_allclose(moments.mean_CF[0], a[chosen][:, expected].mean(0, dtype=np.float64), rtol=1e-9)
+    np.testing.assert_allclose(target.moments.mean_CF[0], b[chosen][:, [0, 3, 16]].mean(0, dtype=np.float64), rtol=1e-9)
+
+
+def test_a_cut_is_what_its_tokens_alone_would_say(dense):
+    a, b = dense
+    rows_N = np.random.default_rng(0).permutation(N)
+    rows_N[::5] = -1
+    cut = relate(*layers(a, b, rows_N, cuts=(211, N)))
+    by_chance = best_by_chance(*layers(a, b, rows_N, cuts=(211, N)))
+    for c, num in enumerate((211, N)):
+        met = np.flatnonzero(rows_N[:num] >= 0)
+        expected, both = pearson(a[met], b[rows_N[met]]), (a[met] > 0).T.astype(int) @ (b[rows_N[met]] > 0)
+        for bests, r, counts in ((cut.source, expected, both), (cut.target, expected.T, both.T)):
+            np.testing.assert_allclose(bests[c].correlation, r.max(1), atol=1e-6)
+            np.testing.assert_array_equal(bests[c].both, counts[np.arange(len(r)), bests[c].partner])
+        np.testing.assert_array_equal(cut.source[c].num_active, (a[met] > 0).sum(0))
+        np.testing.assert_array_equal(cut.target[c].num_active, (b[rows_N[met]] > 0).sum(0))
+        np.testing.assert_allclose(by_chance[0][c], expected.max(1), atol=1e-6)
+        np.testing.assert_allclose(by_chance[1][c], expected.max(0), atol=1e-6)
+
+
+def test_tokens_of_features(dense):
+    a, b = dense
+    _, _, target = layers(a, b)
+    found = target.tokens_of([2, 0, 5])
+    assert list(found) == [2, 0, 5]
+    for v, tokens in found.items():
+        np.testing.assert_array_equal(tokens, np.flatnonzero(b[:, v] > 0))
 
 
 def test_threads_change_no_bit(dense):

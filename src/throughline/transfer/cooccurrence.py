@@ -10,6 +10,7 @@ Sums are float64 and run over the tokens in order: how many threads there are ch
 `cuts` tokens, so that a part of the tokens that stands first is related for nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,17 +88,18 @@ class TargetTokens(NamedTuple):
         number_F[features] = np.arange(len(features))
         given = (matrix_RF.indptr.astype(np.int64), matrix_RF.indices.astype(np.int32, copy=False), matrix_RF.data)
         dtype = np.uint16 if len(features) < 2**16 else np.uint32
-        gathered = _gather(rows_N.astype(np.int64), *given, number_F, len(features), dtype(0))
-        sums = _moments_of_rows(*gathered, len(features), cuts)
+        starts, tokens, values = _gather(rows_N.astype(np.int64), *given, number_F, len(features), dtype(0))
+        sums = _moments_of_rows(starts, tokens, values, len(features), cuts)
         moments = Moments.of(np.cumsum(rows_N >= 0)[cuts - 1], sums)
-        return cls(features, *gathered, rows_N >= 0, cuts, moments)
+        return cls(features, starts, tokens, values, rows_N >= 0, cuts, moments)
 
-    def columns(self) -> sp.csc_array:
-        """Where each live feature fires, as a sparse [N, V] matrix."""
-        real = self.features_B < len(self.features)
-        numbers = np.repeat(np.arange(len(self.starts_N) - 1), GROUP * np.diff(self.starts_N))
-        shape = (len(self.starts_N) - 1, len(self.features))
-        return sp.csc_array((self.values_B[real], (numbers[real], self.features_B[real].astype(np.int32))), shape=shape)
+    def tokens_of(self, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+        """Where each of these live features fires, ascending."""
+        place_V = np.full(len(self.features) + 1, -1, np.int64)
+        place_V[list(wanted)] = np.arange(len(wanted))
+        ends = np.cumsum(self.moments.count_CF[-1][list(wanted)])
+        tokens = _tokens_of(self.starts_N, self.features_B, place_V, np.r_[0, ends])
+        return dict(zip(wanted, np.split(tokens, ends[:-1]), strict=True))
 
 
 def live_features(matrix_RF: sp.csr_array, rows_N: np.ndarray, min_count: int) -> np.ndarray:
@@ -179,9 +181,7 @@ def best_by_groups(
 
 
 @njit(nogil=True, cache=True)
-def _gather(
-    rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F: Any, padding: int, zero: Any
-) -> Any:
+def _gather(rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F: Any, padding: int, zero: Any) -> Any:
     starts_N = np.zeros(len(rows_N) + 1, np.int64)
     for n in range(len(rows_N)):
         num, row = 0, rows_N[n]
@@ -200,6 +200,18 @@ def _gather(
                     features_B[b], values_B[b] = number, values_A[a]
                     b += 1
     return starts_N, features_B, values_B
+
+
+@njit(nogil=True, cache=True)
+def _tokens_of(starts_N: Any, features_B: Any, place_V: Any, places: Any) -> Any:
+    tokens, next_W = np.empty(places[-1], np.uint32), places.copy()
+    for n in range(len(starts_N) - 1):
+        for b in range(GROUP * starts_N[n], GROUP * starts_N[n + 1]):
+            w = place_V[features_B[b]]
+            if w >= 0:
+                tokens[next_W[w]] = n
+                next_W[w] += 1
+    return tokens
 
 
 @njit(nogil=True, cache=True)
@@ -246,9 +258,7 @@ def _sums_of_columns(starts_U: Any, tokens_A: Any, values_A: Any, group_N: Any, 
 
 
 @njit(nogil=True, cache=True)
-def _sums_of_rows(
-    starts_N: Any, features_B: Any, values_B: Any, V: int, group_N: Any, num_groups: int
-) -> Any:
+def _sums_of_rows(starts_N: Any, features_B: Any, values_B: Any, V: int, group_N: Any, num_groups: int) -> Any:
     sums_VG = np.zeros((V + 1, num_groups))
     for n in range(len(starts_N) - 1):
         for b in range(GROUP * starts_N[n], GROUP * starts_N[n + 1]):
@@ -320,7 +330,11 @@ def _relate(
             for u in range(first, last):
                 for v in range(V):
                     both = np.int64(sums[u - first, v, 1])
-                    r = (sums[u - first, v, 0] / num_C[c] - mean_CU[c, u] * mean_CV[c, v]) * scale_CU[c, u] * scale_CV[c, v]
+                    r = (
+                        (sums[u - first, v, 0] / num_C[c] - mean_CU[c, u] * mean_CV[c, v])
+                        * scale_CU[c, u]
+                        * scale_CV[c, v]
+                    )
                     if r > best_CU[c, u]:
                         best_CU[c, u], partner_CU[c, u], both_CU[c, u] = r, v, both
                     if r > best_CV[c, v]:
@@ -383,6 +397,10 @@ def _best_by_chance(
             begin = cuts[c]
             for u in range(first, last):
                 for v in range(V):
-                    r = (sums[u - first, v] / num_C[c] - mean_CU[c, u] * mean_CV[c, v]) * scale_CU[c, u] * scale_CV[c, v]
+                    r = (
+                        (sums[u - first, v] / num_C[c] - mean_CU[c, u] * mean_CV[c, v])
+                        * scale_CU[c, u]
+                        * scale_CV[c, v]
+                    )
                     best_CU[c, u] = max(best_CU[c, u], r)
                     best_CV[c, v] = max(best_CV[c, v], r)

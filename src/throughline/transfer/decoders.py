@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from throughline.dictionaries import Dictionary
-from throughline.transfer.cooccurrence import Related
+from throughline.transfer.cooccurrence import Moments, Related
 
 TILE_ROWS = 1024
 
@@ -30,14 +30,17 @@ class Compared(NamedTuple):
 
 def compare_decoders(
     decoders: tuple[Dictionary, Dictionary],
-    features: tuple[np.ndarray, np.ndarray],
     related: Related,
-    masses: tuple[np.ndarray, np.ndarray],
+    moments: tuple[Moments, Moments],
     assigned: bool,
 ) -> tuple[Compared, Compared]:
-    """Both directions, for the live `features`, whose activations sum up to `masses`; PW-MCC if `assigned`."""
-    best = (related.source, related.target)
-    rows = [d.W_dec.detach().float().cpu().numpy()[chosen] for d, chosen in zip(decoders, features, strict=True)]
+    """Both directions, for the live features of both layers and their moments; PW-MCC if `assigned`."""
+    best = (related.source[-1], related.target[-1])
+    masses = [m.mean_CF[-1] * m.num_C[-1] for m in moments]  # sums of activations
+    rows = [
+        d.W_dec.detach().float().cpu().numpy()[chosen]
+        for d, chosen in zip(decoders, (b.features for b in best), strict=True)
+    ]
     units = [row / np.maximum(np.linalg.norm(row, axis=1, keepdims=True), 1e-12) for row in rows]
     folded = [
         row * (mass / np.maximum(side.num_active, 1))[:, None].astype(np.float32)
@@ -62,9 +65,7 @@ def _direction(
     return Compared((units[0] * units[1][partner_U]).sum(1), agreed | numbers)
 
 
-def _assigned(
-    units: list[np.ndarray], masses: tuple[np.ndarray, np.ndarray]
-) -> tuple[dict[str, float], dict[str, float]]:
+def _assigned(units: list[np.ndarray], masses: list[np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
     cosine_UV = np.abs(units[0] @ units[1].T)
     chosen = linear_sum_assignment(cosine_UV, maximize=True)
     paired = cosine_UV[chosen].astype(np.float64)

@@ -25,12 +25,12 @@ from throughline.errors import InputError
 from throughline.records import TransferInfo, TransferResult
 from throughline.transfer.cooccurrence import (
     Best,
+    Moments,
     SourceFeatures,
     TargetTokens,
     best_by_chance,
     best_by_groups,
     live_features,
-    masses_of,
     relate,
 )
 from throughline.transfer.decoders import compare_decoders
@@ -91,15 +91,6 @@ class Matching:
             back.put(j, i, backward)
             if source.model == target.model:
                 there.put(j, i, backward)
-        if aligned.strict_N.all():
-            for direction in (there, back):
-                direction.arrays["strict"][:] = direction.arrays["value"]
-        else:
-            for i, j, forward, backward in _match_models(source, target, aligned.strict(), min_count, seed, lean=True):
-                there.arrays["strict"][i, j], back.arrays["strict"][j, i] = (
-                    forward.numbers.get("value", math.nan),
-                    backward.numbers.get("value", math.nan),
-                )
         there.put_ceilings(aligned.source_N, min_count, seed)
         if source.model == target.model:
             return [there.result(aligned, num_documents, min_count, seed)]
@@ -143,9 +134,9 @@ class _Direction:
         meeting = _Meeting.of(self._source.codes, codes, Aligned(tokens_N, tokens_N, 1.0, np.ones(len(tokens_N), bool)))
         for i, (layer, dictionary) in enumerate(self._source.dictionaries.items()):
             if layer in twins:
-                mine = SourceFeatures.of(self._source.codes.layers[layer], tokens_N, min_count)
-                other = _Layer.of(codes, layer, meeting, min_count, mine)
-                found, _ = _match_layers(mine, other, meeting, (dictionary, twins[layer]), seed)
+                mine = _Source.of(self._source.codes, layer, meeting, min_count)
+                other = _Target.of(codes, layer, meeting, min_count, [mine])
+                found, _ = _match_layers(mine, other, meeting, (dictionary, twins[layer]), min_count, seed)
                 self.arrays["ceiling"][i] = found.numbers.get("value", math.nan)
                 self.arrays["ceiling_correlation"][i] = found.numbers.get("mean_correlation", math.nan)
 
@@ -185,58 +176,84 @@ class _Direction:
 
 
 def _match_models(
-    source: Side, target: Side, aligned: Aligned, min_count: int, seed: int, lean: bool = False
+    source: Side, target: Side, aligned: Aligned, min_count: int, seed: int
 ) -> Iterator[tuple[int, int, Found, Found]]:
-    """Every pair of layers, in both directions; of one model with itself each pair once. `lean`: shares above chance alone."""
+    """Every pair of layers, in both directions; of one model with itself each pair once."""
     meeting, same = _Meeting.of(source.codes, target.codes, aligned), source.model == target.model
-    mine = [SourceFeatures.of(source.codes.layers[i], aligned.source_N, min_count) for i in source.dictionaries]
+    mine = [_Source.of(source.codes, layer, meeting, min_count) for layer in source.dictionaries]
     rows = list(source.dictionaries.values())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # compiled functions let go of the interpreter lock
         for j, (layer, dictionary) in enumerate(target.dictionaries.items()):
             partners = mine[: j + 1] if same else mine
-            other = _Layer.of(target.codes, layer, meeting, min_count, *partners)
+            other = _Target.of(target.codes, layer, meeting, min_count, partners)
 
-            def match(i: int, other: _Layer = other, dictionary: Dictionary = dictionary) -> tuple[Found, Found]:
+            def match(i: int, other: _Target = other, dictionary: Dictionary = dictionary) -> tuple[Found, Found]:
                 decoders = (rows[i], dictionary) if same else None
-                return _match_layers(mine[i], other, meeting, decoders, seed, lean)
+                return _match_layers(mine[i], other, meeting, decoders, min_count, seed)
 
             for i, (forward, backward) in enumerate(pool.map(match, range(len(partners)))):
                 yield i, j, forward, backward
 
 
 class _Meeting(NamedTuple):
-    """Which target token each aligned source token meets: its own, and by chance; and which of R roles it has in both models."""
+    """The aligned tokens, those that are the same in both models first.
 
-    rows_N: np.ndarray
-    shifted: list[np.ndarray]
+    Each source token with the target token that it meets: its own, and by chance; and which of R roles it has in both models.
+    """
+
+    source_N: np.ndarray
+    target_N: np.ndarray
+    shifted: list[np.ndarray]  # -1 where the source's token meets none
     roles_N: np.ndarray
+    cuts: np.ndarray  # tokens that are the same, and all; all alone if these are no fewer
 
     @classmethod
     def of(cls, source: Codes, target: Codes, aligned: Aligned) -> "_Meeting":
+        order = np.argsort(~aligned.strict_N, kind="stable")
         shifted = []
         for by in range(1, MOST_SHIFTS + 1):
             other_N = shift_documents(target, aligned.target_N, by)
-            shifted.append(np.where(other_N >= 0, aligned.target_N[other_N], -1))
-        roles = np.stack([source.roles_N[aligned.source_N], target.roles_N[aligned.target_N]])
-        return cls(aligned.target_N, shifted, np.unique(roles, axis=1, return_inverse=True)[1].ravel())
+            shifted.append(np.where(other_N >= 0, aligned.target_N[other_N], -1)[order])
+        source_N, target_N = aligned.source_N[order], aligned.target_N[order]
+        roles = np.stack([source.roles_N[source_N], target.roles_N[target_N]])
+        roles_N = np.unique(roles, axis=1, return_inverse=True)[1].ravel()
+        cuts = np.unique([aligned.strict_N.sum(), len(order)])
+        return cls(source_N, target_N, shifted, roles_N, cuts[cuts > 0])
 
 
-class _Layer(NamedTuple):
+class _Source(NamedTuple):
+    """A source layer, with its moments over all tokens, and over those that meet others by chance, as far as these are needed."""
+
+    features: SourceFeatures
+    moments: Moments
+    by_chance: list[Moments]
+
+    @classmethod
+    def of(cls, codes: Codes, layer: int, meeting: _Meeting, min_count: int) -> "_Source":
+        features = SourceFeatures.of(codes.layers[layer], meeting.source_N, min_count)
+        return cls(features, features.moments(np.ones(len(meeting.source_N), bool), meeting.cuts), [])
+
+
+class _Target(NamedTuple):
     """A target layer at the tokens that source tokens meet, and at those that they meet by chance."""
 
     real: TargetTokens
-    chance: list[TargetTokens]
+    by_chance: list[TargetTokens]
 
     @classmethod
-    def of(cls, codes: Codes, layer: int, meeting: _Meeting, min_count: int, *sources: SourceFeatures) -> "_Layer":
+    def of(cls, codes: Codes, layer: int, meeting: _Meeting, min_count: int, sources: list[_Source]) -> "_Target":
         matrix = codes.layers[layer]
-        features = live_features(matrix, meeting.rows_N, min_count)
-        fewest = min((_num_chances(len(s.features), len(features)) for s in sources), default=0)
+        features = live_features(matrix, meeting.target_N, min_count)
+        fewest = min((_num_chances(len(s.features.features), len(features)) for s in sources), default=0)
         shifts = meeting.shifted[: -(-FEWEST_CHANCES // max(1, fewest))]
-        return cls(
-            TargetTokens.of(matrix, features, meeting.rows_N), [TargetTokens.of(matrix, features, s) for s in shifts]
+        for source in sources:
+            for rows_N in shifts[len(source.by_chance) :]:
+                source.by_chance.append(source.features.moments(rows_N >= 0, meeting.cuts))
+        real, *by_chance = (
+            TargetTokens.of(matrix, features, rows_N, meeting.cuts) for rows_N in (meeting.target_N, *shifts)
         )
+        return cls(real, by_chance)
 
 
 # ---- two layers
@@ -249,39 +266,39 @@ def _num_chances(num_source: int, num_target: int) -> int:
 
 
 def _match_layers(
-    source: SourceFeatures,
-    target: _Layer,
+    source: _Source,
+    target: _Target,
     meeting: _Meeting,
     decoders: tuple[Dictionary, Dictionary] | None,
+    min_count: int,
     seed: int,
-    lean: bool = False,
 ) -> tuple[Found, Found]:
     """What is found of two layers in either direction; without live features on both sides, only which are live."""
-    found = Found(source.features, {}, {}), Found(target.real.features, {}, {})
-    U, V = len(source.features), len(target.real.features)
+    features, real = source.features, target.real
+    found = Found(features.features, {}, {}), Found(real.features, {}, {})
+    U, V = len(features.features), len(real.features)
     if not U or not V:
         return found
-    assigned = not lean and max(U, V) <= MOST_ASSIGNED
-    related = relate(source, target.real, strength=STRENGTH, with_matrix=assigned)
-    chances = [best_by_chance(source, view) for view in target.chance]
-    grouped = best_by_groups(source, target.real, meeting.roles_N)
-    drawn = [np.concatenate([pair[side] for pair in chances]) for side in (0, 1)]
+    assigned = max(U, V) <= MOST_ASSIGNED
+    related = relate(features, source.moments, real, strength=STRENGTH, with_matrix=assigned)
+    chances = [best_by_chance(features, *way) for way in zip(source.by_chance, target.by_chance, strict=False)]
+    grouped = best_by_groups(features, source.moments, real, meeting.roles_N)
+    drawn = [np.concatenate([pair[side] for pair in chances], axis=1) for side in (0, 1)]
     if _num_chances(U, V) == U + V:
-        drawn = [np.concatenate(drawn)] * 2
-    for side, best, other in ((0, related.source, related.target), (1, related.target, related.source)):
-        threshold = float(np.quantile(drawn[side], NULL_QUANTILE, method="higher"))
-        found[side].numbers.update(_shares(best, other, threshold, grouped[side], seed))
-        found[side].arrays.update(_partners(best, other, chances[0][side]))
-    if lean:
-        return found
+        drawn = [np.concatenate(drawn, axis=1)] * 2
+    for side, bests, others in ((0, related.source, related.target), (1, related.target, related.source)):
+        threshold_C = np.quantile(drawn[side], NULL_QUANTILE, axis=1, method="higher")
+        shares = _shares(bests[-1], others[-1], float(threshold_C[-1]), grouped[side], seed)
+        found[side].numbers.update(shares | {"strict": _strict(bests[0], float(threshold_C[0]), min_count)})
+        found[side].arrays.update(_partners(bests[-1], others[-1], chances[0][side][-1]))
     if related.r_UV is not None:
         found[0].numbers["assigned"] = found[1].numbers["assigned"] = float(_assign(related.r_UV).mean())
     if decoders:
-        features, masses = (source.features, target.real.features), masses_of(source, target.real)
-        for mine, compared in zip(found, compare_decoders(decoders, features, related, masses, assigned), strict=True):
-            mine.numbers.update(compared.numbers)
-            mine.arrays["cosine"] = compared.cosine
-    gates = find_gates(source, target.real, related)
+        compared = compare_decoders(decoders, related, (source.moments, real.moments), assigned)
+        for mine, one in zip(found, compared, strict=True):
+            mine.numbers.update(one.numbers)
+            mine.arrays["cosine"] = one.cosine
+    gates = find_gates(features, real, related)
     return _with_gates(found[0], gates[0], V), _with_gates(found[1], gates[1], U)
 
 
@@ -316,6 +333,12 @@ def _shares(best: Best, other: Best, threshold: float, grouped_U: np.ndarray, se
         "mean_high": mean_high,
         "null_correlation": float(grouped_U.mean()),
     }
+
+
+def _strict(best: Best, threshold: float, min_count: int) -> float:
+    """The share among features that fire often enough on tokens that are the same in both models."""
+    above = best.correlation[best.num_active >= min_count] > threshold
+    return float(above.mean()) if len(above) else math.nan
 
 
 def _partners(best: Best, other: Best, chance_U: np.ndarray) -> dict[str, np.ndarray]:
