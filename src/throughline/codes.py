@@ -14,6 +14,8 @@ import torch
 from throughline.dictionaries import Dictionary
 from throughline.harvesting import harvest
 from throughline.models import LanguageModel
+from throughline.models.language_model import quiet_transformers
+from throughline.pools import spread
 from throughline.records import Document, role_of
 from throughline.tokens import TokenRows
 
@@ -81,21 +83,29 @@ def encode_text_with(
     The first set has every layer that is in any.
     """
     layers = list(sets[0])
-    parts: list[dict[int, list[sp.csr_array]]] = [{layer: [] for layer in dictionaries} for dictionaries in sets]
-    residuals = []
-    for _, x_LND in harvest(model, rows.batches(BATCH_ROWS), layers):
-        for dictionaries, found in zip(sets, parts, strict=True):
-            for layer, dictionary in dictionaries.items():
-                found[layer].append(encode_csr(dictionary, x_LND[layers.index(layer)]))
-        if keep_residuals:
-            residuals.append(x_LND.cpu().numpy())
+
+    def read(batch: TokenRows) -> tuple[list[dict[int, sp.csr_array]], np.ndarray | None]:
+        [(_, x_LND)] = harvest(model, [batch], layers)
+        found = [
+            {layer: encode_csr(dictionary, x_LND[layers.index(layer)]) for layer, dictionary in dictionaries.items()}
+            for dictionaries in sets
+        ]
+        return found, x_LND.cpu().numpy() if keep_residuals else None
+
+    with quiet_transformers():
+        parts, residuals = zip(*spread(read, rows.batches(BATCH_ROWS), model.device), strict=True)
     order = reading_order(rows)
     first, *others = (
-        {layer: sp.csr_array(sp.vstack(p, format="csr"))[order] for layer, p in found.items()} for found in parts
+        {layer: _joined([part[which].pop(layer) for part in parts])[order] for layer in dictionaries}
+        for which, dictionaries in enumerate(sets)
     )
     residual_LND = np.concatenate(residuals, axis=1)[:, order] if keep_residuals else None
     codes = _codes_of(rows, documents, order, first, residual_LND)
     return [codes, *(replace(codes, layers=matrices, residual_LND=None) for matrices in others)]
+
+
+def _joined(parts: list[sp.csr_array]) -> sp.csr_array:
+    return sp.csr_array(sp.vstack(parts, format="csr"))
 
 
 def _codes_of(

@@ -54,11 +54,13 @@ class SourceFeatures(NamedTuple):
     @classmethod
     def of(cls, matrix_RF: sp.csr_array, rows_N: np.ndarray, min_count: int) -> "SourceFeatures":
         """Features that fire on `min_count` or more of these rows; tokens are numbered in their order."""
-        columns = matrix_RF[rows_N].tocsc()
-        live = np.flatnonzero(np.diff(columns.indptr) >= min_count)
-        if len(live) < columns.shape[1]:
-            columns = columns[:, live]
-        return cls(live, columns.indptr.astype(np.int64), columns.indices.astype(np.uint32), columns.data)
+        starts, indices = matrix_RF.indptr, matrix_RF.indices
+        count_F = _counts(rows_N, starts, indices, matrix_RF.shape[1])
+        live = np.flatnonzero(count_F >= min_count)
+        starts_U = np.r_[0, np.cumsum(count_F[live])]
+        return cls(
+            live, starts_U, *_transposed(rows_N, starts, indices, matrix_RF.data, _numbers(matrix_RF, live), starts_U)
+        )
 
     def moments(self, is_met_N: np.ndarray, cuts: np.ndarray) -> Moments:
         """Over the tokens that meet one of the target's."""
@@ -84,11 +86,9 @@ class TargetTokens(NamedTuple):
     @classmethod
     def of(cls, matrix_RF: sp.csr_array, features: np.ndarray, rows_N: np.ndarray, cuts: np.ndarray) -> "TargetTokens":
         """These features at the rows that the source's tokens meet, one by one; -1 where they meet none."""
-        number_F = np.full(matrix_RF.shape[1], -1, np.int32)
-        number_F[features] = np.arange(len(features))
-        given = (matrix_RF.indptr.astype(np.int64), matrix_RF.indices.astype(np.int32, copy=False), matrix_RF.data)
+        given = (matrix_RF.indptr, matrix_RF.indices, matrix_RF.data, _numbers(matrix_RF, features))
         dtype = np.uint16 if len(features) < 2**16 else np.uint32
-        starts, tokens, values = _gather(rows_N.astype(np.int64), *given, number_F, len(features), dtype(0))
+        starts, tokens, values = _gather(rows_N, *given, len(features), dtype(0))
         sums = _moments_of_rows(starts, tokens, values, len(features), cuts)
         moments = Moments.of(np.cumsum(rows_N >= 0)[cuts - 1], sums)
         return cls(features, starts, tokens, values, rows_N >= 0, cuts, moments)
@@ -104,8 +104,14 @@ class TargetTokens(NamedTuple):
 
 def live_features(matrix_RF: sp.csr_array, rows_N: np.ndarray, min_count: int) -> np.ndarray:
     """Ids of the features that fire on `min_count` or more of these rows."""
-    counts_R = np.bincount(rows_N, minlength=matrix_RF.shape[0])
-    return np.flatnonzero((matrix_RF != 0).T @ counts_R >= min_count)
+    return np.flatnonzero(_counts(rows_N, matrix_RF.indptr, matrix_RF.indices, matrix_RF.shape[1]) >= min_count)
+
+
+def _numbers(matrix_RF: sp.csr_array, live: np.ndarray) -> np.ndarray:
+    """Of each feature its place among the live ones; -1 if it is not of them."""
+    number_F = np.full(matrix_RF.shape[1], -1, np.int32)
+    number_F[live] = np.arange(len(live))
+    return number_F
 
 
 class Best(NamedTuple):
@@ -178,6 +184,27 @@ def best_by_groups(
 
 
 # ---- compiled
+
+
+@njit(nogil=True, cache=True)
+def _counts(rows_N: Any, starts_R: Any, features_A: Any, F: int) -> Any:
+    count_F = np.zeros(F, np.int64)
+    for row in rows_N:
+        for a in range(starts_R[row], starts_R[row + 1]):
+            count_F[features_A[a]] += 1
+    return count_F
+
+
+@njit(nogil=True, cache=True)
+def _transposed(rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F: Any, starts_U: Any) -> Any:
+    tokens, values, next_U = np.empty(starts_U[-1], np.uint32), np.empty(starts_U[-1], np.float32), starts_U.copy()
+    for n in range(len(rows_N)):
+        for a in range(starts_R[rows_N[n]], starts_R[rows_N[n] + 1]):
+            u = number_F[features_A[a]]
+            if u >= 0:
+                tokens[next_U[u]], values[next_U[u]] = n, values_A[a]
+                next_U[u] += 1
+    return tokens, values
 
 
 @njit(nogil=True, cache=True)

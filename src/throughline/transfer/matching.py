@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 
 from throughline.codes import Codes
 from throughline.dictionaries import Dictionary
@@ -131,11 +132,13 @@ class _Direction:
         twins, codes = self._source.twins, self._source.twin_codes
         if codes is None:
             return
-        meeting = _Meeting.of(self._source.codes, codes, Aligned(tokens_N, tokens_N, 1.0, np.ones(len(tokens_N), bool)))
+        meeting = _Meeting(self._source.codes, codes, Aligned(tokens_N, tokens_N, 1.0, np.ones(len(tokens_N), bool)))
         for i, (layer, dictionary) in enumerate(self._source.dictionaries.items()):
             if layer in twins:
-                mine = _Source.of(self._source.codes, layer, meeting, min_count)
-                other = _Target.of(codes, layer, meeting, min_count, [mine])
+                features = SourceFeatures.of(self._source.codes.layers[layer], tokens_N, min_count)
+                live = live_features(codes.layers[layer], tokens_N, min_count)
+                meeting.prepare(num := _num_shifts(len(features.features), len(live)))
+                mine, other = _Source.of(features, meeting, num), _Target.of(codes.layers[layer], live, meeting, num)
                 found, _ = _match_layers(mine, other, meeting, (dictionary, twins[layer]), min_count, seed)
                 self.arrays["ceiling"][i] = found.numbers.get("value", math.nan)
                 self.arrays["ceiling_correlation"][i] = found.numbers.get("mean_correlation", math.nan)
@@ -179,60 +182,71 @@ def _match_models(
     source: Side, target: Side, aligned: Aligned, min_count: int, seed: int
 ) -> Iterator[tuple[int, int, Found, Found]]:
     """Every pair of layers, in both directions; of one model with itself each pair once."""
-    meeting, same = _Meeting.of(source.codes, target.codes, aligned), source.model == target.model
-    mine = [_Source.of(source.codes, layer, meeting, min_count) for layer in source.dictionaries]
-    rows = list(source.dictionaries.values())
-
+    meeting, same = _Meeting(source.codes, target.codes, aligned), source.model == target.model
+    decoders = list(source.dictionaries.values())
+    from_layers, to_layers = ([side.codes.layers[n] for n in side.dictionaries] for side in (source, target))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # compiled functions let go of the interpreter lock
-        for j, (layer, dictionary) in enumerate(target.dictionaries.items()):
-            partners = mine[: j + 1] if same else mine
-            other = _Target.of(target.codes, layer, meeting, min_count, partners)
+        features = list(pool.map(lambda layer: SourceFeatures.of(layer, meeting.source_N, min_count), from_layers))
+        live = list(pool.map(lambda layer: live_features(layer, meeting.target_N, min_count), to_layers))
+        shifts = np.array([[_num_shifts(len(f.features), len(v)) for v in live] for f in features])
+        meeting.prepare(int(shifts.max(initial=0)))
+        mine = list(
+            pool.map(lambda i: _Source.of(features[i], meeting, int(shifts[i].max(initial=0))), range(len(features)))
+        )
+
+        def prepare(j: int) -> _Target:
+            return _Target.of(to_layers[j], live[j], meeting, int(shifts[:, j].max(initial=0)))
+
+        coming = pool.submit(prepare, 0)
+        for j, dictionary in enumerate(target.dictionaries.values()):
+            other, pairs = coming.result(), range(j + 1 if same else len(mine))
+            if j + 1 < len(to_layers):
+                coming = pool.submit(prepare, j + 1)
 
             def match(i: int, other: _Target = other, dictionary: Dictionary = dictionary) -> tuple[Found, Found]:
-                decoders = (rows[i], dictionary) if same else None
-                return _match_layers(mine[i], other, meeting, decoders, min_count, seed)
+                return _match_layers(
+                    mine[i], other, meeting, (decoders[i], dictionary) if same else None, min_count, seed
+                )
 
-            for i, (forward, backward) in enumerate(pool.map(match, range(len(partners)))):
+            for i, (forward, backward) in enumerate(pool.map(match, pairs)):
                 yield i, j, forward, backward
 
 
-class _Meeting(NamedTuple):
-    """The aligned tokens, those that are the same in both models first.
+class _Meeting:
+    """The aligned tokens, those that are the same in both models first, and which token of the target each of the source meets.
 
-    Each source token with the target token that it meets: its own, and by chance; and which of R roles it has in both models.
+    `shifted` are those met by chance, -1 where there is none, as far as they were prepared. `cuts` are how many tokens are the
+    same, and all; all alone if these are no fewer. `roles_N` tells which of the roles in both models each has.
     """
 
-    source_N: np.ndarray
-    target_N: np.ndarray
-    shifted: list[np.ndarray]  # -1 where the source's token meets none
-    roles_N: np.ndarray
-    cuts: np.ndarray  # tokens that are the same, and all; all alone if these are no fewer
+    def __init__(self, source: Codes, target: Codes, aligned: Aligned) -> None:
+        self._target, self._aligned, self._order = target, aligned, np.argsort(~aligned.strict_N, kind="stable")
+        self.source_N, self.target_N = aligned.source_N[self._order], aligned.target_N[self._order]
+        self.shifted: list[np.ndarray] = []
+        cuts = np.unique([aligned.strict_N.sum(), len(self._order)])
+        self.cuts = cuts[cuts > 0]
+        roles = source.roles_N[self.source_N].astype(np.int64), target.roles_N[self.target_N].astype(np.int64)
+        self.roles_N = np.unique(roles[0] * (roles[1].max(initial=0) + 1) + roles[1], return_inverse=True)[1]
 
-    @classmethod
-    def of(cls, source: Codes, target: Codes, aligned: Aligned) -> "_Meeting":
-        order = np.argsort(~aligned.strict_N, kind="stable")
-        shifted = []
-        for by in range(1, MOST_SHIFTS + 1):
-            other_N = shift_documents(target, aligned.target_N, by)
-            shifted.append(np.where(other_N >= 0, aligned.target_N[other_N], -1)[order])
-        source_N, target_N = aligned.source_N[order], aligned.target_N[order]
-        roles = np.stack([source.roles_N[source_N], target.roles_N[target_N]])
-        roles_N = np.unique(roles, axis=1, return_inverse=True)[1].ravel()
-        cuts = np.unique([aligned.strict_N.sum(), len(order)])
-        return cls(source_N, target_N, shifted, roles_N, cuts[cuts > 0])
+    def prepare(self, num_shifts: int) -> None:
+        """Shift by 1, 2, … documents."""
+        for by in range(len(self.shifted) + 1, num_shifts + 1):
+            other_N = shift_documents(self._target, self._aligned.target_N, by)
+            self.shifted.append(np.where(other_N >= 0, self._aligned.target_N[other_N], -1)[self._order])
 
 
 class _Source(NamedTuple):
-    """A source layer, with its moments over all tokens, and over those that meet others by chance, as far as these are needed."""
+    """A source layer, with its moments over all tokens, and over those that meet others by chance."""
 
     features: SourceFeatures
     moments: Moments
     by_chance: list[Moments]
 
     @classmethod
-    def of(cls, codes: Codes, layer: int, meeting: _Meeting, min_count: int) -> "_Source":
-        features = SourceFeatures.of(codes.layers[layer], meeting.source_N, min_count)
-        return cls(features, features.moments(np.ones(len(meeting.source_N), bool), meeting.cuts), [])
+    def of(cls, features: SourceFeatures, meeting: _Meeting, num_shifts: int) -> "_Source":
+        met = [meeting.target_N, *meeting.shifted[:num_shifts]]
+        real, *by_chance = (features.moments(rows_N >= 0, meeting.cuts) for rows_N in met)
+        return cls(features, real, by_chance)
 
 
 class _Target(NamedTuple):
@@ -242,17 +256,9 @@ class _Target(NamedTuple):
     by_chance: list[TargetTokens]
 
     @classmethod
-    def of(cls, codes: Codes, layer: int, meeting: _Meeting, min_count: int, sources: list[_Source]) -> "_Target":
-        matrix = codes.layers[layer]
-        features = live_features(matrix, meeting.target_N, min_count)
-        fewest = min((_num_chances(len(s.features.features), len(features)) for s in sources), default=0)
-        shifts = meeting.shifted[: -(-FEWEST_CHANCES // max(1, fewest))]
-        for source in sources:
-            for rows_N in shifts[len(source.by_chance) :]:
-                source.by_chance.append(source.features.moments(rows_N >= 0, meeting.cuts))
-        real, *by_chance = (
-            TargetTokens.of(matrix, features, rows_N, meeting.cuts) for rows_N in (meeting.target_N, *shifts)
-        )
+    def of(cls, matrix_RF: sp.csr_array, live: np.ndarray, meeting: _Meeting, num_shifts: int) -> "_Target":
+        met = [meeting.target_N, *meeting.shifted[:num_shifts]]
+        real, *by_chance = (TargetTokens.of(matrix_RF, live, rows_N, meeting.cuts) for rows_N in met)
         return cls(real, by_chance)
 
 
@@ -263,6 +269,11 @@ def _num_chances(num_source: int, num_target: int) -> int:
     """Best chance correlations that one shift gives for a threshold."""
     fewer, more = sorted((num_source, num_target))
     return fewer + more if more <= ABOUT_AS_MANY * fewer else fewer
+
+
+def _num_shifts(num_source: int, num_target: int) -> int:
+    """How many shifts give enough of them."""
+    return min(MOST_SHIFTS, -(-FEWEST_CHANCES // max(1, _num_chances(num_source, num_target))))
 
 
 def _match_layers(
@@ -281,7 +292,8 @@ def _match_layers(
         return found
     assigned = max(U, V) <= MOST_ASSIGNED
     related = relate(features, source.moments, real, strength=STRENGTH, with_matrix=assigned)
-    chances = [best_by_chance(features, *way) for way in zip(source.by_chance, target.by_chance, strict=False)]
+    ways = list(zip(source.by_chance, target.by_chance, strict=False))[: _num_shifts(U, V)]
+    chances = [best_by_chance(features, *way) for way in ways]
     grouped = best_by_groups(features, source.moments, real, meeting.roles_N)
     drawn = [np.concatenate([pair[side] for pair in chances], axis=1) for side in (0, 1)]
     if _num_chances(U, V) == U + V:

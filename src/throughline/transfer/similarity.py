@@ -23,9 +23,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from throughline.errors import InputError
+from throughline.pools import spread
 from throughline.records import TransferInfo, TransferResult
 from throughline.transfer.pairs import NUM_RESAMPLES, Side, align, shuffle_within, whole_documents
-from throughline.transfer.pools import spread
 
 MOST_TOKENS = 2048
 RSA_TOKENS = 512

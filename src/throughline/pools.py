@@ -1,4 +1,4 @@
-"""Work on many pairs of layers at once."""
+"""Work on many batches, or pairs of layers, at once."""
 
 import os
 from collections.abc import Callable, Iterable
