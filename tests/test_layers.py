@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "throughline"
 LAYERS = (
     {"errors", "registry", "study", "records", "files", "storage", "mirror", "claims", "run_dir", "progress", "zoo"},
     {"text", "tokens", "models", "dictionaries"},
-    {"harvesting", "codes", "splicing"},
+    {"harvesting", "codes", "splicing", "pools"},
     {"training", "quality", "features", "labelers", "transfer", "tracing", "comparing", "analyzing", "zoo.training"},
     {"executors", "session", "journals", "jobs", "planning", "pipeline", "model_card", "interop", "activations", "api"},
     {"figures", "report", "cli", "zoo.__main__"},

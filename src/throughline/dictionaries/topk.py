@@ -5,11 +5,11 @@ loss = |x - x_hat|^2 / D + AuxK
 
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from throughline.dictionaries.auxk import auxk_loss
+from throughline.dictionaries.selecting import keep_top
 from throughline.dictionaries.share import WHOLE, Share
 from throughline.dictionaries.stack import Architecture, Stack, StepLoss, count_fired
 
@@ -25,8 +25,7 @@ class TopK(Architecture):
         pre_NF: Float[Tensor, "N F"], options: dict[str, Any], weights: dict[str, Tensor]
     ) -> Float[Tensor, "N F"]:
         """The k largest positive entries of each row; all else zero."""
-        values, features = pre_NF.topk(min(options["k"], pre_NF.shape[1]), dim=1, sorted=False)
-        return torch.zeros_like(pre_NF).scatter_(1, features, values.relu())
+        return keep_top(pre_NF, options["k"])
 
     @staticmethod
     def options(k: int, **_: Any) -> dict[str, Any]:
