@@ -8,6 +8,7 @@ import scipy.sparse as sp
 
 from throughline.transfer import cooccurrence
 from throughline.transfer.cooccurrence import (
+    Grouped,
     Moments,
     SourceFeatures,
     TargetTokens,
@@ -69,6 +70,7 @@ def test_everything_of_a_pair_of_layers_is_what_dense_matrices_say(dense, small,
         monkeypatch.setattr(cooccurrence, "BLOCK_BYTES", 1)
         for name in ("_relate", "_tokens_of_a_block"):
             monkeypatch.setattr(cooccurrence, name, getattr(cooccurrence, name).py_func)
+        monkeypatch.setattr(cooccurrence, "_fetch", lambda *_: None)
     a, b = dense
     expected, both = pearson(a, b), (a > 0).T.astype(int) @ (b > 0)
     found = relate(*layers(a, b), strength=0.9, with_matrix=True)
@@ -117,7 +119,8 @@ def test_shuffles_within_groups_in_their_mean(dense):
             at = np.flatnonzero(group_N == group)
             order[at] = rng.permutation(at)
         drawn += pearson(a, b[order]) / 400
-    best_U, best_V = best_by_groups(*layers(a, b), group_N)
+    source, moments, target = layers(a, b)
+    best_U, best_V = best_by_groups(Grouped.of_source(source, moments, group_N), Grouped.of_target(target, group_N))
     np.testing.assert_allclose(best_U, drawn.max(1), atol=0.01)
     np.testing.assert_allclose(best_V, drawn.max(0), atol=0.01)
     assert best_U[11] > 0.08 > 2 * np.median(best_U)

@@ -17,10 +17,13 @@ import numpy as np
 import scipy.sparse as sp
 from numba import njit
 
+from throughline.transfer.prefetching import prefetch
+
 # The sums of a few source features and the target's features for a block of tokens are to stay in a core's cache together.
 TILE_BYTES = 2**19
 BLOCK_BYTES = 2**18
 TILE_ROWS = 1024
+AHEAD = 4  # tokens after the current one whose target features are fetched: they lie anywhere in a block
 GROUP = 4  # a token's target features are padded to groups: an inner loop without branches
 
 
@@ -161,26 +164,41 @@ def best_by_chance(source: SourceFeatures, moments: Moments, target: TargetToken
     return best[0], best[1]
 
 
-def best_by_groups(
-    source: SourceFeatures, moments: Moments, target: TargetTokens, group_N: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def best_by_groups(source: "Grouped", target: "Grouped") -> tuple[np.ndarray, np.ndarray]:
     """The highest correlation of each source and each target feature if all tokens were shuffled within their groups.
 
     In the mean over all shuffles, in closed form: the covariance of the groups' means.
     """
-    num_groups, num = int(group_N.max(initial=0)) + 1, int(moments.num_C[-1])
-    groups = (group_N.astype(np.int64), num_groups)
-    sums_UG = _sums_of_columns(*source[1:], *groups)
-    sums_VG = _sums_of_rows(*target[1:4], len(target.features), *groups)
-    share_G = 1 / np.maximum(np.bincount(group_N, minlength=num_groups), 1)
-    best_U, best_V = (np.full(len(side.features), -np.inf) for side in (source, target))
-    (mean_U, scale_U), (mean_V, scale_V) = ((m.mean_CF[-1], m.scale_CF[-1]) for m in (moments, target.moments))
+    num = int(source.moments.num_C[-1])
+    best_U, best_V = (np.full(len(side.sums_FG), -np.inf) for side in (source, target))
+    (mean_U, scale_U), (mean_V, scale_V) = ((s.moments.mean_CF[-1], s.moments.scale_CF[-1]) for s in (source, target))
     for first in range(0, len(best_U), TILE_ROWS):
         tile = slice(first, first + TILE_ROWS)
-        r = (sums_UG[tile] * share_G) @ sums_VG.T / num - np.outer(mean_U[tile], mean_V)
+        r = (source.sums_FG[tile] * source.share_G) @ target.sums_FG.T / num - np.outer(mean_U[tile], mean_V)
         r *= np.outer(scale_U[tile], scale_V)
         best_U[tile], best_V = r.max(1), np.maximum(best_V, r.max(0))
     return best_U, best_V
+
+
+class Grouped(NamedTuple):
+    """One layer's activations summed up by G groups of tokens; `share_G` is 1 / tokens of a group."""
+
+    moments: Moments
+    sums_FG: np.ndarray
+    share_G: np.ndarray
+
+    @classmethod
+    def of_source(cls, source: SourceFeatures, moments: Moments, group_N: np.ndarray) -> "Grouped":
+        """Of a source's features, all of whose tokens meet one of the target's."""
+        num_N = np.bincount(group_N)
+        return cls(moments, _sums_of_columns(*source[1:], group_N, len(num_N)), 1 / np.maximum(num_N, 1))
+
+    @classmethod
+    def of_target(cls, target: TargetTokens, group_N: np.ndarray) -> "Grouped":
+        """Of a target's features."""
+        num_N, num = np.bincount(group_N), len(target.features)
+        sums_FG = _sums_of_rows(target.starts_N, target.features_B, target.values_B, num, group_N, len(num_N))
+        return cls(target.moments, sums_FG, 1 / np.maximum(num_N, 1))
 
 
 # ---- compiled
@@ -299,6 +317,14 @@ def _tokens_of_a_block(starts_N: Any) -> int:
     return max(1, (len(starts_N) - 1) * BLOCK_BYTES // max(1, 6 * GROUP * starts_N[-1]))
 
 
+@njit(nogil=True, cache=True, inline="always")
+def _fetch(features_B: Any, values_B: Any, group: Any) -> None:
+    b = np.uint64(GROUP * group)
+    prefetch(features_B, b)
+    prefetch(values_B, b)
+    prefetch(values_B, b + np.uint64(16))
+
+
 @njit(nogil=True, cache=True)
 def _relate(
     starts_U: Any,
@@ -338,6 +364,8 @@ def _relate(
                 for u in range(first, last):
                     of_u, a, stop = sums[u - first], place_U[u], starts_U[u + 1]
                     while a < stop and tokens_A[a] < end:
+                        if a + AHEAD < stop:
+                            _fetch(features_B, values_B, starts_N[tokens_A[a + AHEAD]])
                         n, value = tokens_A[a], np.float64(values_A[a])
                         for group in range(starts_N[n], starts_N[n + 1]):
                             b = np.uint64(GROUP * group)
@@ -412,6 +440,8 @@ def _best_by_chance(
                 for u in range(first, last):
                     of_u, a, stop = sums[u - first], place_U[u], starts_U[u + 1]
                     while a < stop and tokens_A[a] < end:
+                        if a + AHEAD < stop:
+                            _fetch(features_B, values_B, starts_N[tokens_A[a + AHEAD]])
                         n, value = tokens_A[a], np.float64(values_A[a])
                         for group in range(starts_N[n], starts_N[n + 1]):
                             b = np.uint64(GROUP * group)

@@ -13,8 +13,9 @@ Features that fire on fewer than `min_count` aligned tokens are left out: two ra
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from throughline.errors import InputError
 from throughline.records import TransferInfo, TransferResult
 from throughline.transfer.cooccurrence import (
     Best,
+    Grouped,
     Moments,
     SourceFeatures,
     TargetTokens,
@@ -139,7 +141,7 @@ class _Direction:
                 live = live_features(codes.layers[layer], tokens_N, min_count)
                 meeting.prepare(num := _num_shifts(len(features.features), len(live)))
                 mine, other = _Source.of(features, meeting, num), _Target.of(codes.layers[layer], live, meeting, num)
-                found, _ = _match_layers(mine, other, meeting, (dictionary, twins[layer]), min_count, seed)
+                found, _ = _match_layers(mine, other, (dictionary, twins[layer]), min_count, seed)
                 self.arrays["ceiling"][i] = found.numbers.get("value", math.nan)
                 self.arrays["ceiling_correlation"][i] = found.numbers.get("mean_correlation", math.nan)
 
@@ -197,19 +199,21 @@ def _match_models(
         def prepare(j: int) -> _Target:
             return _Target.of(to_layers[j], live[j], meeting, int(shifts[:, j].max(initial=0)))
 
-        coming = pool.submit(prepare, 0)
+        def match(i: int, other: _Target, dictionary: Dictionary) -> tuple[Found, Found]:
+            return _match_layers(mine[i], other, (decoders[i], dictionary) if same else None, min_count, seed)
+
+        # a target is prepared while the pairs of the one before are matched; two are held at a time
+        coming, matched = pool.submit(prepare, 0), deque[list[Future[tuple[Found, Found]]]]()
         for j, dictionary in enumerate(target.dictionaries.values()):
-            other, pairs = coming.result(), range(j + 1 if same else len(mine))
+            other = coming.result()
             if j + 1 < len(to_layers):
                 coming = pool.submit(prepare, j + 1)
-
-            def match(i: int, other: _Target = other, dictionary: Dictionary = dictionary) -> tuple[Found, Found]:
-                return _match_layers(
-                    mine[i], other, meeting, (decoders[i], dictionary) if same else None, min_count, seed
-                )
-
-            for i, (forward, backward) in enumerate(pool.map(match, pairs)):
-                yield i, j, forward, backward
+            pairs = range(j + 1 if same else len(mine))
+            matched.append([pool.submit(match, i, other, dictionary) for i in pairs])
+            if j > 0:
+                yield from ((i, j - 1, *pair.result()) for i, pair in enumerate(matched.popleft()))
+        while matched:
+            yield from ((i, len(to_layers) - 1, *pair.result()) for i, pair in enumerate(matched.popleft()))
 
 
 class _Meeting:
@@ -241,12 +245,13 @@ class _Source(NamedTuple):
     features: SourceFeatures
     moments: Moments
     by_chance: list[Moments]
+    by_role: Grouped
 
     @classmethod
     def of(cls, features: SourceFeatures, meeting: _Meeting, num_shifts: int) -> "_Source":
         met = [meeting.target_N, *meeting.shifted[:num_shifts]]
         real, *by_chance = (features.moments(rows_N >= 0, meeting.cuts) for rows_N in met)
-        return cls(features, real, by_chance)
+        return cls(features, real, by_chance, Grouped.of_source(features, real, meeting.roles_N))
 
 
 class _Target(NamedTuple):
@@ -254,12 +259,13 @@ class _Target(NamedTuple):
 
     real: TargetTokens
     by_chance: list[TargetTokens]
+    by_role: Grouped
 
     @classmethod
     def of(cls, matrix_RF: sp.csr_array, live: np.ndarray, meeting: _Meeting, num_shifts: int) -> "_Target":
         met = [meeting.target_N, *meeting.shifted[:num_shifts]]
         real, *by_chance = (TargetTokens.of(matrix_RF, live, rows_N, meeting.cuts) for rows_N in met)
-        return cls(real, by_chance)
+        return cls(real, by_chance, Grouped.of_target(real, meeting.roles_N))
 
 
 # ---- two layers
@@ -279,7 +285,6 @@ def _num_shifts(num_source: int, num_target: int) -> int:
 def _match_layers(
     source: _Source,
     target: _Target,
-    meeting: _Meeting,
     decoders: tuple[Dictionary, Dictionary] | None,
     min_count: int,
     seed: int,
@@ -294,7 +299,7 @@ def _match_layers(
     related = relate(features, source.moments, real, strength=STRENGTH, with_matrix=assigned)
     ways = list(zip(source.by_chance, target.by_chance, strict=False))[: _num_shifts(U, V)]
     chances = [best_by_chance(features, *way) for way in ways]
-    grouped = best_by_groups(features, source.moments, real, meeting.roles_N)
+    grouped = best_by_groups(source.by_role, target.by_role)
     drawn = [np.concatenate([pair[side] for pair in chances], axis=1) for side in (0, 1)]
     if _num_chances(U, V) == U + V:
         drawn = [np.concatenate(drawn, axis=1)] * 2
