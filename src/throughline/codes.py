@@ -97,17 +97,19 @@ def encode_text_with(
     with quiet_transformers():
         parts, residuals = zip(*spread(read, rows.batches(BATCH_ROWS), model.device), strict=True)
     order = reading_order(rows)
+
+    def join(place: tuple[int, int]) -> sp.csr_array:
+        which, layer = place
+        return sp.csr_array(sp.vstack([part[which].pop(layer) for part in parts], format="csr"))[order]
+
+    places = [(which, layer) for which, dictionaries in enumerate(sets) for layer in dictionaries]
+    matrices = dict(zip(places, spread(join, places, torch.device("cpu")), strict=True))
     first, *others = (
-        {layer: _joined([part[which].pop(layer) for part in parts])[order] for layer in dictionaries}
-        for which, dictionaries in enumerate(sets)
+        {layer: matrices[which, layer] for layer in dictionaries} for which, dictionaries in enumerate(sets)
     )
     residual_LND = np.concatenate(residuals, axis=1)[:, order] if keep_residuals else None
     codes = _codes_of(rows, documents, order, first, residual_LND)
     return [codes, *(replace(codes, layers=matrices, residual_LND=None) for matrices in others)]
-
-
-def _joined(parts: list[sp.csr_array]) -> sp.csr_array:
-    return sp.csr_array(sp.vstack(parts, format="csr"))
 
 
 def _codes_of(
