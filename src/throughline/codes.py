@@ -14,14 +14,12 @@ import torch
 from numba import njit
 
 from throughline.dictionaries import Dictionary
-from throughline.harvesting import harvest
+from throughline.harvesting import harvest, tokens_of_a_pass
 from throughline.models import LanguageModel
 from throughline.models.language_model import quiet_transformers
 from throughline.pools import spread
 from throughline.records import Document, role_of
 from throughline.tokens import TokenRows
-
-BATCH_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -85,31 +83,67 @@ def encode_text_with(
     The first set has every layer that is in any.
     """
     layers = list(sets[0])
+    matrices = {
+        (which, layer): _Growing(d.d_sae)
+        for which, dictionaries in enumerate(sets)
+        for layer, d in dictionaries.items()
+    }
 
-    def read(batch: TokenRows) -> tuple[list[dict[int, sp.csr_array]], np.ndarray | None]:
+    def read(batch: TokenRows) -> tuple[dict[tuple[int, int], sp.csr_array], np.ndarray | None]:
         [(_, x_LND)] = harvest(model, [batch], layers)
-        found = [
-            {layer: encode_csr(dictionary, x_LND[layers.index(layer)]) for layer, dictionary in dictionaries.items()}
-            for dictionaries in sets
-        ]
+        found = {
+            (which, layer): encode_csr(sets[which][layer], x_LND[layers.index(layer)]) for which, layer in matrices
+        }
         return found, x_LND.cpu().numpy() if keep_residuals else None
 
+    num_rows, residuals = max(1, tokens_of_a_pass(model) // max(1, rows.width)), []
     with quiet_transformers():
-        parts, residuals = zip(*spread(read, rows.batches(BATCH_ROWS), model.device), strict=True)
+        for found, x_LND in spread(read, rows.batches(num_rows), model.device):
+            for place, part in found.items():
+                matrices[place].add(part)
+            residuals.append(x_LND)
     order = reading_order(rows)
-
-    def join(place: tuple[int, int]) -> sp.csr_array:
-        which, layer = place
-        return sp.csr_array(sp.vstack([part[which].pop(layer) for part in parts], format="csr"))[order]
-
-    places = [(which, layer) for which, dictionaries in enumerate(sets) for layer in dictionaries]
-    matrices = dict(zip(places, spread(join, places, torch.device("cpu")), strict=True))
+    ordered = dict(zip(matrices, spread(lambda m: m.take(order), matrices.values(), torch.device("cpu")), strict=True))
     first, *others = (
-        {layer: matrices[which, layer] for layer in dictionaries} for which, dictionaries in enumerate(sets)
+        {layer: ordered[which, layer] for layer in dictionaries} for which, dictionaries in enumerate(sets)
     )
     residual_LND = np.concatenate(residuals, axis=1)[:, order] if keep_residuals else None
     codes = _codes_of(rows, documents, order, first, residual_LND)
-    return [codes, *(replace(codes, layers=matrices, residual_LND=None) for matrices in others)]
+    return [codes, *(replace(codes, layers=layers, residual_LND=None) for layers in others)]
+
+
+class _Growing:
+    """A sparse matrix to which rows are added: two long arrays, for many short ones would keep the heap scattered."""
+
+    def __init__(self, num_features: int) -> None:
+        self._num_features = num_features
+        self._features, self._values = np.empty(0, np.int32), np.empty(0, np.float32)
+        self._size, self._counts = 0, [np.zeros(1, np.int64)]
+
+    def add(self, part: sp.csr_array) -> None:
+        """Further rows."""
+        end = self._size + part.nnz
+        if end > len(self._values):
+            room = max(end, len(self._values) * 3 // 2)
+            self._features, self._values = (_longer(a, room) for a in (self._features, self._values))
+        self._features[self._size : end], self._values[self._size : end] = part.indices, part.data
+        self._counts.append(np.diff(part.indptr))
+        self._size = end
+
+    def take(self, rows: np.ndarray) -> sp.csr_array:
+        """These rows; the matrix is empty afterwards."""
+        starts = np.cumsum(np.concatenate(self._counts))
+        starts = starts.astype(np.int32 if starts[-1] < 2**31 else np.int64)
+        given = (self._values[: self._size], self._features[: self._size], starts)
+        found = sp.csr_array(given, shape=(len(starts) - 1, self._num_features))[rows]
+        self.__init__(self._num_features)
+        return found
+
+
+def _longer(array: np.ndarray, room: int) -> np.ndarray:
+    out = np.empty(room, array.dtype)
+    out[: len(array)] = array
+    return out
 
 
 def _codes_of(

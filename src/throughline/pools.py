@@ -1,7 +1,7 @@
 """Work on many batches, or pairs of layers, at once."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,11 +11,11 @@ W = TypeVar("W")
 R = TypeVar("R")
 
 
-def spread(work: Callable[[W], R], items: Iterable[W], device: torch.device) -> list[R]:
+def spread(work: Callable[[W], R], items: Iterable[W], device: torch.device) -> Iterator[R]:
     """What `work` gives for each item, in order.
 
     On a CPU each thread works on an item alone, which small matrices gain more from than from splitting every product.
     """
     num_threads = (os.cpu_count() or 1) if device.type == "cpu" else 1
     with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(work, items))
+        yield from pool.map(work, items)

@@ -91,7 +91,7 @@ class TargetTokens(NamedTuple):
         """These features at the rows that the source's tokens meet, one by one; -1 where they meet none."""
         given = (matrix_RF.indptr, matrix_RF.indices, matrix_RF.data, _numbers(matrix_RF, features))
         dtype = np.uint16 if len(features) < 2**16 else np.uint32
-        starts, tokens, values = _gather(rows_N, *given, len(features), dtype(0))
+        starts, tokens, values = _gather(rows_N, *given, len(features), np.empty(0, dtype))
         sums = _moments_of_rows(starts, tokens, values, len(features), cuts)
         moments = Moments.of(np.cumsum(rows_N >= 0)[cuts - 1], sums)
         return cls(features, starts, tokens, values, rows_N >= 0, cuts, moments)
@@ -226,7 +226,9 @@ def _transposed(rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, numb
 
 
 @njit(nogil=True, cache=True)
-def _gather(rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F: Any, padding: int, zero: Any) -> Any:
+def _gather(
+    rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F: Any, padding: int, nothing: Any
+) -> Any:
     starts_N = np.zeros(len(rows_N) + 1, np.int64)
     for n in range(len(rows_N)):
         num, row = 0, rows_N[n]
@@ -235,7 +237,7 @@ def _gather(rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F
                 num += 1 if number_F[features_A[a]] >= 0 else 0
         starts_N[n + 1] = starts_N[n] + (num + GROUP - 1) // GROUP
     size = GROUP * starts_N[-1]
-    features_B, values_B = np.full(size, zero + padding).astype(type(zero)), np.zeros(size, np.float32)
+    features_B, values_B = np.full(size, padding, nothing.dtype), np.zeros(size, np.float32)
     for n in range(len(rows_N)):
         b, row = GROUP * starts_N[n], rows_N[n]
         if row >= 0:

@@ -2,8 +2,8 @@
 
     1. tokens of the two models are aligned where they end
     2. r[u, v] = Pearson's correlation of activations over the aligned tokens; the partner of u is argmax_v r[u, v]
-    3. chance: the same with the target's tokens taken from another document, at the same place of it. The threshold of a pair of
-       layers is the 99.9 % quantile of these best chance correlations, of both directions where they have about as many candidates
+    3. chance: the same with the target's tokens taken from another document, at the same place of it; calibrating.py makes a
+       threshold of it
     4. null: the share that passes the threshold when nothing is known but the kind of position: tokens shuffled among those
        of the same role in both models (number in the question, word in the answer, …), in the mean over all shuffles
     5. ceiling: the same share between the source layer and its twin, a dictionary of that layer from another seed
@@ -11,7 +11,6 @@
 Features that fire on fewer than `min_count` aligned tokens are left out: two rare features that meet once correlate perfectly.
 """
 
-import math
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from throughline.codes import Codes
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.records import TransferInfo, TransferResult
+from throughline.transfer.calibrating import NULL_QUANTILE, Cell, Evidence, judge, num_shifts
 from throughline.transfer.cooccurrence import (
     Best,
     Grouped,
@@ -38,12 +38,8 @@ from throughline.transfer.cooccurrence import (
 )
 from throughline.transfer.decoders import compare_decoders
 from throughline.transfer.gates import AND, OR, STRENGTH, find_gates
-from throughline.transfer.pairs import Aligned, Side, align, bootstrap_interval, shift_documents
+from throughline.transfer.pairs import Aligned, Side, align, shift_documents
 
-NULL_QUANTILE = 0.999
-FEWEST_CHANCES = 500  # best chance correlations that the quantile is taken of; few features need several shifts
-MOST_SHIFTS = 8
-ABOUT_AS_MANY = 1.5  # candidates of one direction over those of the other: the highest of more of them is higher
 MOST_ASSIGNED = 2048  # features of a layer up to which an optimal assignment is computed, in cubic time
 OF_PAIRS = (
     "value",
@@ -63,11 +59,13 @@ OF_FEATURES = ("correlation", "chance", "sufficiency", "necessity", "jaccard", "
 
 
 class Found(NamedTuple):
-    """One direction of a pair of layers: ids of the live source features, numbers, arrays by live feature, and gates."""
+    """One direction of a pair of layers: ids of the live source features; and if there are any on both sides what tells matches
+    from chance, further numbers, arrays by live feature, and gates."""
 
     live: np.ndarray
-    numbers: dict[str, float]
-    arrays: dict[str, np.ndarray]
+    evidence: Evidence | None = None
+    numbers: dict[str, float] = {}  # noqa: RUF012 -- empty, and stays so
+    arrays: dict[str, np.ndarray] = {}  # noqa: RUF012
     gates: np.ndarray = np.zeros((0, 4), np.int32)
 
 
@@ -89,7 +87,7 @@ class Matching:
                 f"matching needs two held-out documents or more, found {num_documents}; raise evaluation.tokens, or give more text"
             )
         there, back = _Direction(source, target), _Direction(target, source)
-        for i, j, forward, backward in _match_models(source, target, aligned, min_count, seed):
+        for i, j, forward, backward in _match_models(source, target, aligned, min_count):
             there.put(i, j, forward)
             back.put(j, i, backward)
             if source.model == target.model:
@@ -112,6 +110,7 @@ class _Direction:
     def __init__(self, source: Side, target: Side) -> None:
         self._source, self._target = source, target
         self._gates: list[np.ndarray] = []
+        self._evidence: dict[Cell, Evidence] = {}
         shape = (len(source.dictionaries), len(target.dictionaries))
         width = max((d.d_sae for d in source.dictionaries.values()), default=0)
         self.arrays: dict[str, np.ndarray] = {name: np.full(shape, np.nan) for name in OF_PAIRS + OF_DECODERS}
@@ -123,6 +122,8 @@ class _Direction:
     def put(self, i: int, j: int, found: Found) -> None:
         """What was found of source layer i and target layer j."""
         self.arrays["live"][i, found.live] = True
+        if found.evidence:
+            self._evidence[i, j] = found.evidence
         for name, number in found.numbers.items():
             self.arrays[name][i, j] = number
         for name, array in found.arrays.items():
@@ -135,19 +136,31 @@ class _Direction:
         if codes is None:
             return
         meeting = _Meeting(self._source.codes, codes, Aligned(tokens_N, tokens_N, 1.0, np.ones(len(tokens_N), bool)))
-        for i, (layer, dictionary) in enumerate(self._source.dictionaries.items()):
-            if layer in twins:
-                features = SourceFeatures.of(self._source.codes.layers[layer], tokens_N, min_count)
-                live = live_features(codes.layers[layer], tokens_N, min_count)
-                meeting.prepare(num := _num_shifts(len(features.features), len(live)))
-                mine, other = _Source.of(features, meeting, num), _Target.of(codes.layers[layer], live, meeting, num)
-                found, _ = _match_layers(mine, other, (dictionary, twins[layer]), min_count, seed)
-                self.arrays["ceiling"][i] = found.numbers.get("value", math.nan)
-                self.arrays["ceiling_correlation"][i] = found.numbers.get("mean_correlation", math.nan)
+        own = self._source.codes
+        places = {i: layer for i, layer in enumerate(self._source.dictionaries) if layer in twins}
+        features = {i: SourceFeatures.of(own.layers[layer], tokens_N, min_count) for i, layer in places.items()}
+        live = {i: live_features(codes.layers[layer], tokens_N, min_count) for i, layer in places.items()}
+        shifts = num_shifts({(i, i): (len(features[i].features), len(live[i])) for i in places})
+        meeting.prepare(max(shifts.values(), default=0))
+        evidence = {}
+        for i, layer in places.items():
+            num = shifts[i, i]
+            mine, other = _Source.of(features[i], meeting, num), _Target.of(codes.layers[layer], live[i], meeting, num)
+            found, _ = _match_layers(mine, other, None, num, min_count)
+            if found.evidence:
+                evidence[i, i] = found.evidence
+        for (i, _), numbers in judge(evidence, seed).items():
+            self.arrays["ceiling"][i], self.arrays["ceiling_correlation"][i] = (
+                numbers["value"],
+                numbers["mean_correlation"],
+            )
 
     def result(self, aligned: Aligned, num_documents: int, min_count: int, seed: int) -> TransferResult:
         """With what the arrays mean."""
         source = self._source
+        for (i, j), numbers in judge(self._evidence, seed).items():
+            for name, number in numbers.items():
+                self.arrays[name][i, j] = number
         if not source.twins:
             self.arrays = {name: a for name, a in self.arrays.items() if not name.startswith("ceiling")}
         gates = np.concatenate(self._gates) if self._gates else np.zeros((0, 6), np.int32)
@@ -169,7 +182,8 @@ class _Direction:
             seed=seed,
             details={
                 "min_count": min_count,
-                "threshold": f"{NULL_QUANTILE:.1%} quantile of best correlations with tokens of other documents",
+                "threshold": f"{NULL_QUANTILE:.1%} quantile of best correlations with tokens of other documents, of these layers "
+                "and those next to them",
                 "interval": "bootstrap over features",
                 "same tokens": int(aligned.strict_N.sum()),
             },
@@ -181,7 +195,7 @@ class _Direction:
 
 
 def _match_models(
-    source: Side, target: Side, aligned: Aligned, min_count: int, seed: int
+    source: Side, target: Side, aligned: Aligned, min_count: int
 ) -> Iterator[tuple[int, int, Found, Found]]:
     """Every pair of layers, in both directions; of one model with itself each pair once."""
     meeting, same = _Meeting(source.codes, target.codes, aligned), source.model == target.model
@@ -190,26 +204,30 @@ def _match_models(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # compiled functions let go of the interpreter lock
         features = list(pool.map(lambda layer: SourceFeatures.of(layer, meeting.source_N, min_count), from_layers))
         live = list(pool.map(lambda layer: live_features(layer, meeting.target_N, min_count), to_layers))
-        shifts = np.array([[_num_shifts(len(f.features), len(v)) for v in live] for f in features])
-        meeting.prepare(int(shifts.max(initial=0)))
-        mine = list(
-            pool.map(lambda i: _Source.of(features[i], meeting, int(shifts[i].max(initial=0))), range(len(features)))
+        shifts = num_shifts(
+            {(i, j): (len(f.features), len(v)) for i, f in enumerate(features) for j, v in enumerate(live)}
         )
+        most = max(shifts.values(), default=0)
+        meeting.prepare(most)
+        mine = list(pool.map(lambda of_layer: _Source.of(of_layer, meeting, most), features))
 
         def prepare(j: int) -> _Target:
-            return _Target.of(to_layers[j], live[j], meeting, int(shifts[:, j].max(initial=0)))
+            return _Target.of(to_layers[j], live[j], meeting, max(shifts[i, j] for i in range(len(mine))))
 
-        def match(i: int, other: _Target, dictionary: Dictionary) -> tuple[Found, Found]:
-            return _match_layers(mine[i], other, (decoders[i], dictionary) if same else None, min_count, seed)
+        def match(i: int, j: int, other: _Target, dictionary: Dictionary) -> tuple[Found, Found]:
+            return _match_layers(mine[i], other, (decoders[i], dictionary) if same else None, shifts[i, j], min_count)
 
-        # a target is prepared while the pairs of the one before are matched; two are held at a time
+        # the next target is prepared while the last pairs of this one are matched, so two are held at a time
         coming, matched = pool.submit(prepare, 0), deque[list[Future[tuple[Found, Found]]]]()
         for j, dictionary in enumerate(target.dictionaries.values()):
             other = coming.result()
-            if j + 1 < len(to_layers):
-                coming = pool.submit(prepare, j + 1)
-            pairs = range(j + 1 if same else len(mine))
-            matched.append([pool.submit(match, i, other, dictionary) for i in pairs])
+            pairs = []
+            for i in (places := range(j + 1 if same else len(mine))):
+                if i == max(0, len(places) - 2) and j + 1 < len(to_layers):
+                    coming = pool.submit(prepare, j + 1)
+                pairs.append(pool.submit(match, i, j, other, dictionary))
+            del other
+            matched.append(pairs)
             if j > 0:
                 yield from ((i, j - 1, *pair.result()) for i, pair in enumerate(matched.popleft()))
         while matched:
@@ -271,58 +289,42 @@ class _Target(NamedTuple):
 # ---- two layers
 
 
-def _num_chances(num_source: int, num_target: int) -> int:
-    """Best chance correlations that one shift gives for a threshold."""
-    fewer, more = sorted((num_source, num_target))
-    return fewer + more if more <= ABOUT_AS_MANY * fewer else fewer
-
-
-def _num_shifts(num_source: int, num_target: int) -> int:
-    """How many shifts give enough of them."""
-    return min(MOST_SHIFTS, -(-FEWEST_CHANCES // max(1, _num_chances(num_source, num_target))))
-
-
 def _match_layers(
-    source: _Source,
-    target: _Target,
-    decoders: tuple[Dictionary, Dictionary] | None,
-    min_count: int,
-    seed: int,
+    source: _Source, target: _Target, decoders: tuple[Dictionary, Dictionary] | None, num: int, min_count: int
 ) -> tuple[Found, Found]:
-    """What is found of two layers in either direction; without live features on both sides, only which are live."""
+    """What is found of two layers in either direction, with `num` shifts; without live features on both sides, only which live."""
     features, real = source.features, target.real
-    found = Found(features.features, {}, {}), Found(real.features, {}, {})
     U, V = len(features.features), len(real.features)
     if not U or not V:
-        return found
+        return Found(features.features), Found(real.features)
     assigned = max(U, V) <= MOST_ASSIGNED
     related = relate(features, source.moments, real, strength=STRENGTH, with_matrix=assigned)
-    ways = list(zip(source.by_chance, target.by_chance, strict=False))[: _num_shifts(U, V)]
+    ways = list(zip(source.by_chance, target.by_chance, strict=False))[:num]
     chances = [best_by_chance(features, *way) for way in ways]
-    grouped = best_by_groups(source.by_role, target.by_role)
-    drawn = [np.concatenate([pair[side] for pair in chances], axis=1) for side in (0, 1)]
-    if _num_chances(U, V) == U + V:
-        drawn = [np.concatenate(drawn, axis=1)] * 2
-    for side, bests, others in ((0, related.source, related.target), (1, related.target, related.source)):
-        threshold_C = np.quantile(drawn[side], NULL_QUANTILE, axis=1, method="higher")
-        shares = _shares(bests[-1], others[-1], float(threshold_C[-1]), grouped[side], seed)
-        found[side].numbers.update(shares | {"strict": _strict(bests[0], float(threshold_C[0]), min_count)})
-        found[side].arrays.update(_partners(bests[-1], others[-1], chances[0][side][-1]))
-    if related.r_UV is not None:
-        found[0].numbers["assigned"] = found[1].numbers["assigned"] = float(_assign(related.r_UV).mean())
+    by_role = best_by_groups(source.by_role, target.by_role)
+    bests = (related.source, related.target)
+    numbers = [{"assigned": float(_assign(related.r_UV).mean())} if related.r_UV is not None else {}] * 2
+    arrays = [_partners(bests[side][-1], bests[1 - side][-1], chances[0][side][-1]) for side in (0, 1)]
     if decoders:
         compared = compare_decoders(decoders, related, (source.moments, real.moments), assigned)
-        for mine, one in zip(found, compared, strict=True):
-            mine.numbers.update(one.numbers)
-            mine.arrays["cosine"] = one.cosine
-    gates = find_gates(features, real, related)
-    return _with_gates(found[0], gates[0], V), _with_gates(found[1], gates[1], U)
-
-
-def _with_gates(found: Found, gates: np.ndarray, num_children: int) -> Found:
-    for kind, name in ((AND, "and_gates"), (OR, "or_gates")):
-        found.numbers[name] = float((gates[:, 0] == kind).sum()) / num_children
-    return found._replace(gates=gates)
+        numbers = [numbers[side] | compared[side].numbers for side in (0, 1)]
+        arrays = [arrays[side] | {"cosine": compared[side].cosine} for side in (0, 1)]
+    found = []
+    for side, gates in enumerate(find_gates(features, real, related)):
+        first, best, other = bests[side][0], bests[side][-1], bests[1 - side][-1]
+        evidence = Evidence(
+            best,
+            is_mutual_U=other.partner[best.partner] == np.arange(len(best.partner)),
+            strict_U=first.correlation[first.num_active >= min_count],
+            by_role_U=by_role[side],
+            chance_CM=np.concatenate([way[side] for way in chances], axis=1),
+        )
+        shares = {
+            name: float((gates[:, 0] == kind).sum()) / (V, U)[side]
+            for kind, name in ((AND, "and_gates"), (OR, "or_gates"))
+        }
+        found.append(Found(best.features, evidence, numbers[side] | shares, arrays[side], gates))
+    return found[0], found[1]
 
 
 def _assign(r_UV: np.ndarray) -> np.ndarray:
@@ -330,32 +332,6 @@ def _assign(r_UV: np.ndarray) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment
 
     return r_UV[linear_sum_assignment(r_UV, maximize=True)]
-
-
-def _shares(best: Best, other: Best, threshold: float, grouped_U: np.ndarray, seed: int) -> dict[str, float]:
-    """Shares and means over the features of one direction."""
-    above = (best.correlation > threshold).astype(float)
-    mutual = (other.partner[best.partner] == np.arange(len(above))) & (above > 0)
-    low, high = bootstrap_interval(above, seed)
-    mean_low, mean_high = bootstrap_interval(best.correlation, seed)
-    return {
-        "value": float(above.mean()),
-        "low": low,
-        "high": high,
-        "null": float((grouped_U > threshold).mean()),
-        "threshold": threshold,
-        "mutual": float(mutual.mean()),
-        "mean_correlation": float(best.correlation.mean()),
-        "mean_low": mean_low,
-        "mean_high": mean_high,
-        "null_correlation": float(grouped_U.mean()),
-    }
-
-
-def _strict(best: Best, threshold: float, min_count: int) -> float:
-    """The share among features that fire often enough on tokens that are the same in both models."""
-    above = best.correlation[best.num_active >= min_count] > threshold
-    return float(above.mean()) if len(above) else math.nan
 
 
 def _partners(best: Best, other: Best, chance_U: np.ndarray) -> dict[str, np.ndarray]:

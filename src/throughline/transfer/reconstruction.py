@@ -187,7 +187,7 @@ def _open_layers(side: Side, fit_N: np.ndarray, held_N: np.ndarray, trial: _Tria
         return _Layer(layer, dictionary, turned, moments, held_x_LMD[index], tokens_N, variance_N, own, other)
 
     device = next(iter(side.dictionaries.values())).W_enc.device
-    return spread(open_layer, list(enumerate(side.dictionaries)), device)
+    return list(spread(open_layer, enumerate(side.dictionaries), device))
 
 
 def _explain(source: _Layer, target: _Layer, fit: Fit, trial: _Trial) -> dict[str, float]:

@@ -181,7 +181,7 @@ def _open_layers(side: Side, tokens_N: np.ndarray, trial: _Trial) -> list[_Layer
         own_GG, _ = _block_products(scores_ND, scores_ND, trial.starts)
         return _Layer(scores_ND, squares_D.sqrt(), num_kept, own_GG, ranks_nn, ranks_P)
 
-    return spread(open_layer, range(len(list(side.dictionaries))), exact)
+    return list(spread(open_layer, range(len(side.dictionaries)), exact))
 
 
 def _compare(a: _Layer, b: _Layer, trial: _Trial) -> dict[str, float]:

@@ -1,0 +1,83 @@
+"""Which matches are above chance: a threshold for every pair of layers, and shares above it.
+
+    1. chance: the highest correlation of each feature with the tokens of the other layer taken from another document
+    2. the threshold of a pair of layers is the 99.9 % quantile of these, of the pair itself and of those next to it (one layer
+       up or down on either side): at least FEWEST_CHANCES, for the quantile of fewer is their maximum, which says too little
+    3. value: the share of live source features whose best real correlation is above the threshold
+    4. null: the same share when nothing is known but the kind of position
+
+The two directions have thresholds of their own and count for themselves: their highest chance correlations are the same ones.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from throughline.transfer.cooccurrence import Best
+from throughline.transfer.pairs import bootstrap_interval
+
+NULL_QUANTILE = 0.999
+FEWEST_CHANCES = 1000
+MOST_SHIFTS = 8
+
+Cell = tuple[int, int]  # places of a source and a target layer
+
+
+class Evidence(NamedTuple):
+    """One direction of a pair of layers, by live source feature."""
+
+    best: Best
+    is_mutual_U: np.ndarray
+    strict_U: (
+        np.ndarray
+    )  # best correlations on tokens that are the same in both models, of the features that are live there
+    by_role_U: np.ndarray  # best correlations if only the kind of position were known
+    chance_CM: (
+        np.ndarray
+    )  # best correlations by chance of all shifts: on tokens that are the same (if told apart), and on all
+
+
+def num_shifts(sizes: dict[Cell, tuple[int, int]]) -> dict[Cell, int]:
+    """How many documents to shift by for each pair of layers with so many live source and target features."""
+    found = {}
+    for cell in sizes:
+        around = [sizes[other] for other in _next_to(cell) if other in sizes]
+        fewest = min(sum(pair[side] for pair in around) for side in (0, 1))
+        found[cell] = min(MOST_SHIFTS, -(-FEWEST_CHANCES // max(1, fewest)))
+    return found
+
+
+def judge(evidence: dict[Cell, Evidence], seed: int) -> dict[Cell, dict[str, float]]:
+    """Thresholds, shares and means of every pair of layers in one direction."""
+    found = {}
+    for cell, mine in evidence.items():
+        drawn_CM = np.concatenate([evidence[other].chance_CM for other in _next_to(cell) if other in evidence], axis=1)
+        threshold_C = np.quantile(drawn_CM, NULL_QUANTILE, axis=1, method="higher")
+        found[cell] = _shares(mine, float(threshold_C[0]), float(threshold_C[-1]), seed)
+    return found
+
+
+def _next_to(cell: Cell) -> list[Cell]:
+    """The pair itself, and those whose layers are at most one away."""
+    return [(cell[0] + a, cell[1] + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+
+
+def _shares(mine: Evidence, strict_threshold: float, threshold: float, seed: int) -> dict[str, float]:
+    correlation_U = mine.best.correlation
+    above_U = correlation_U > threshold
+    low, high = bootstrap_interval(above_U.astype(float), seed)
+    mean_low, mean_high = bootstrap_interval(correlation_U, seed)
+    return {
+        "value": float(above_U.mean()),
+        "low": low,
+        "high": high,
+        "null": float((mine.by_role_U > threshold).mean()),
+        "threshold": threshold,
+        "mutual": float((mine.is_mutual_U & above_U).mean()),
+        "mean_correlation": float(correlation_U.mean()),
+        "mean_low": mean_low,
+        "mean_high": mean_high,
+        "null_correlation": float(mine.by_role_U.mean()),
+        "strict": float((mine.strict_U > strict_threshold).mean()) if len(mine.strict_U) else math.nan,
+    }
