@@ -289,12 +289,45 @@ class Finding(Record):
     numbers: dict[str, float | int | str | None]
 
 
+class Curve(Record):
+    """A measured quantity along depth, distance or age; lists are by point, and empty for what there is none of.
+
+    `divergence`: x is the relative depth of a source layer, value the best share of its features found in a layer of the target.
+    `decay`: x is the distance between two layers of one model, value the mean over such pairs. `persistence`: x is a number of
+    layers, value the share of throughlines that live so long.
+    """
+
+    kind: Literal["divergence", "decay", "persistence"]
+    metric: str
+    source: str
+    target: str
+    x: list[float]
+    value: list[float | None]
+    low: list[float | None] = []
+    high: list[float | None] = []
+    null: list[float | None] = []
+    ceiling: list[float | None] = []
+    ceiling_low: list[float | None] = []
+    ceiling_high: list[float | None] = []
+    num: list[int] = []  # features, or pairs of layers, behind each point
+
+
+class Ribbon(Record):
+    """Births and deaths of one model's throughlines: `alive[b][l]` of those born at `layers[b]` are alive at `layers[l]`."""
+
+    model: str
+    layers: list[int]
+    alive: list[list[int]]
+
+
 class Analysis(Record):
-    """What the matrices say, sentence by sentence."""
+    """What the matrices say, sentence by sentence, and as curves."""
 
     num_tokens: int
     seed: int
     findings: list[Finding]
+    curves: list[Curve] = []
+    ribbons: list[Ribbon] = []
 
 
 class StepRecord(Record):
