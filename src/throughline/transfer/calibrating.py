@@ -58,6 +58,34 @@ def judge(evidence: dict[Cell, Evidence], seed: int) -> dict[Cell, dict[str, flo
     return found
 
 
+def best_of_all_layers(correlation: np.ndarray, chance: np.ndarray) -> dict[str, np.ndarray]:
+    """MPPC (maximum pairwise Pearson correlation, Wang et al. 2024, arXiv 2410.06672), of [Ls, Lt, F] best correlations by layer.
+
+    `mppc` [Ls, F] and the place of the target layer where it is, `mppc_place` (-1: not live); by source layer [Ls] the
+    `mppc_threshold` that the 99.9 % quantile of the same by chance gives, and `mppc_share`, the share of live features above it.
+    """
+    highest, by_chance = (np.where(np.isnan(a), -np.inf, a).max(1) for a in (correlation, chance))
+    is_live = np.isfinite(highest)
+    found = {
+        "mppc": np.where(is_live, highest, np.nan).astype(np.float32),
+        "mppc_place": np.where(is_live, np.where(np.isnan(correlation), -np.inf, correlation).argmax(1), -1).astype(
+            np.int32
+        ),
+        "mppc_threshold": np.full(len(highest), np.nan),
+        "mppc_share": np.full(len(highest), np.nan),
+    }
+    for i, live_F in enumerate(is_live):
+        near = np.zeros(len(is_live), bool)
+        near[max(0, i - 1) : i + 2] = True
+        if is_live[near].sum() < FEWEST_CHANCES:
+            near[:] = True
+        drawn = by_chance[near][is_live[near]]
+        if live_F.any():
+            found["mppc_threshold"][i] = np.quantile(drawn, NULL_QUANTILE, method="higher")
+            found["mppc_share"][i] = (highest[i, live_F] > found["mppc_threshold"][i]).mean()
+    return found
+
+
 def _next_to(cell: Cell) -> list[Cell]:
     """The pair itself, and those whose layers are at most one away."""
     return [(cell[0] + a, cell[1] + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]

@@ -7,6 +7,7 @@
     4. null: the share that passes the threshold when nothing is known but the kind of position: tokens shuffled among those
        of the same role in both models (number in the question, word in the answer, …), in the mean over all shuffles
     5. ceiling: the same share between the source layer and its twin, a dictionary of that layer from another seed
+    6. MPPC, across models: the partner of u in whichever layer of the other model correlates most
 
 Features that fire on fewer than `min_count` aligned tokens are left out: two rare features that meet once correlate perfectly.
 """
@@ -24,7 +25,7 @@ from throughline.codes import Codes
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.records import TransferInfo, TransferResult
-from throughline.transfer.calibrating import NULL_QUANTILE, Cell, Evidence, judge, num_shifts
+from throughline.transfer.calibrating import NULL_QUANTILE, Cell, Evidence, best_of_all_layers, judge, num_shifts
 from throughline.transfer.cooccurrence import (
     Best,
     Grouped,
@@ -46,14 +47,20 @@ OF_PAIRS = (
     "low",
     "high",
     "null",
-    "ceiling",
     "threshold",
     "mutual",
     "mean_correlation",
     "mean_low",
     "mean_high",
 )
-OF_PAIRS += ("null_correlation", "ceiling_correlation", "strict", "assigned", "and_gates", "or_gates")
+OF_PAIRS += ("null_correlation", "strict", "assigned", "and_gates", "or_gates")
+CEILINGS = {
+    "ceiling": "value",
+    "ceiling_low": "low",
+    "ceiling_high": "high",
+    "ceiling_mutual": "mutual",
+    "ceiling_correlation": "mean_correlation",
+}
 OF_DECODERS = ("cosine_agrees", "folded_agrees", "mean_cosine", "pw_mcc", "pw_mcc_by_mass")
 OF_FEATURES = ("correlation", "chance", "sufficiency", "necessity", "jaccard", "cosine")
 
@@ -77,9 +84,9 @@ class Matching:
     both_ways = True
 
     def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> list[TransferResult]:
-        """Both directions. Arrays [Ls, Lt] named in OF_PAIRS and OF_DECODERS (NaN across models); [Ls, Lt, F] in OF_FEATURES and
-        `partner`; live [Ls, F]; gates [n, 6]: source layer, target layer, kind, target feature, its two parents.
-        docs/measures.md says what each is."""
+        """Both directions. Arrays [Ls, Lt] named in OF_PAIRS, CEILINGS (with twins) and OF_DECODERS (NaN across models);
+        [Ls, Lt, F] in OF_FEATURES and `partner`; live [Ls, F]; gates [n, 6]: source layer, target layer, kind, target feature,
+        its two parents; across models those of `best_of_all_layers`. docs/measures.md says what each is."""
         aligned = align(source.codes, target.codes)
         num_documents = len(np.unique(source.codes.documents_N[aligned.source_N]))
         if num_documents < 2:
@@ -113,7 +120,9 @@ class _Direction:
         self._evidence: dict[Cell, Evidence] = {}
         shape = (len(source.dictionaries), len(target.dictionaries))
         width = max((d.d_sae for d in source.dictionaries.values()), default=0)
-        self.arrays: dict[str, np.ndarray] = {name: np.full(shape, np.nan) for name in OF_PAIRS + OF_DECODERS}
+        self.arrays: dict[str, np.ndarray] = {
+            name: np.full(shape, np.nan) for name in (*OF_PAIRS, *CEILINGS, *OF_DECODERS)
+        }
         for name in OF_FEATURES:
             self.arrays[name] = np.full((*shape, width), np.nan, dtype=np.float32)
         self.arrays["partner"] = np.full((*shape, width), -1, dtype=np.int32)
@@ -162,7 +171,9 @@ class _Direction:
             for name, number in numbers.items():
                 self.arrays[name][i, j] = number
         if not source.twins:
-            self.arrays = {name: a for name, a in self.arrays.items() if not name.startswith("ceiling")}
+            self.arrays = {name: a for name, a in self.arrays.items() if name not in CEILINGS}
+        if source.model != self._target.model:
+            self.arrays |= best_of_all_layers(self.arrays["correlation"], self.arrays["chance"])
         gates = np.concatenate(self._gates) if self._gates else np.zeros((0, 6), np.int32)
         self.arrays["gates"] = gates[np.lexsort(gates.T[::-1])].astype(np.int32)
         info = TransferInfo(
