@@ -12,7 +12,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "throughline"
 # From the bottom up; docs/architecture.md has the same table in words. A part may import its own layer's parts only where
 # ALLOWED_BESIDE says so.
 LAYERS = (
-    {"errors", "registry", "study", "records", "files", "storage", "mirror", "claims", "run_dir", "progress", "zoo"},
+    {
+        "errors",
+        "registry",
+        "study",
+        "records",
+        "files",
+        "storage",
+        "mirror",
+        "claims",
+        "run_dir",
+        "progress",
+        "zoo",
+        "throughlines",
+    },
     {"text", "tokens", "models", "dictionaries"},
     {"harvesting", "codes", "splicing", "pools"},
     {"training", "quality", "features", "labelers", "transfer", "tracing", "comparing", "analyzing", "zoo.training"},
@@ -34,6 +47,7 @@ TORCH_FREE = {
     "progress",
     "text",
     "comparing",
+    "throughlines",
     "analyzing",
     "figures",
     "report",

@@ -446,7 +446,7 @@ def _require_evaluated(session: Any, force: bool) -> None:
 
 
 def _analyze(run: RunDir) -> Analysis | None:
-    from throughline.analyzing import analyze_run
+    from throughline.analyzing import analyze_run, write_markdown
     from throughline.records import best_labels
 
     study = run.study()
@@ -456,6 +456,9 @@ def _analyze(run: RunDir) -> Analysis | None:
     labels = {name: best_labels(run.table(name, "labels"), study.features.bar) for name in names}
     tables = {name: run.table(name, "features") for name in names}
     results = [run.transfer(info.metric, info.source, info.target) for info in run.transfers()]
-    analysis = analyze_run(results, tables, labels, seed=study.training.seed)
+    analysis, throughlines = analyze_run(results, tables, labels, seed=study.training.seed)
+    for name, table in throughlines.items():
+        run.write_table(name, "throughlines", table)
     run.write_record("analysis.json", analysis)
+    run.write_text("analysis.md", write_markdown(analysis, study.name))
     return analysis

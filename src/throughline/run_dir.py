@@ -46,8 +46,14 @@ from throughline.storage import open_storage
 from throughline.study import Study, dump_study, folder_name, parse_study
 
 R = TypeVar("R", bound=Record)
-TABLES = ("features", "examples", "labels")
+TABLES = ("features", "examples", "labels", "throughlines")
 MANIFEST, PROGRESS = "manifest", "progress"
+COMMANDS = {
+    "features": "features",
+    "examples": "features",
+    "labels": "label",
+    "throughlines": "report",
+}  # that make them
 TWIN = "seed_"  # how the folder of a twin begins
 CHECKPOINTS, DRIVER, CLAIM = "checkpoints", "driver.json", "claim.json"
 IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
@@ -340,7 +346,7 @@ class RunDir:
 
     def table(self, model: str, table: str) -> pl.DataFrame:
         """One of TABLES of a model; InputError names the command that makes it."""
-        relative, command = f"models/{folder_name(model)}/{table}.parquet", "label" if table == "labels" else "features"
+        relative, command = f"models/{folder_name(model)}/{table}.parquet", COMMANDS[table]
         if not self.exists(relative):
             raise InputError(f"{model} has no {table} yet; `throughline {command} {self.place}` makes them")
         self._check_file(f"{command}/{model}", relative)
