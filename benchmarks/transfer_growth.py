@@ -113,11 +113,12 @@ def main() -> None:
     lines += [f"| matching, {f:,} features, k {K}, {n:,} tokens | {s:.2f} |" for f, n, s in rows]
     lines += [f"| decoder rows of {FEATURES:,} features compared, width 1,024 | {wide:.2f} |"]
     lines += [f"| reconstruction, width {w:,}, {8 * w:,} features | {s:.2f} |" for w, s in carried.items()]
+    told = {name: f"{h:.1f} h" for name, h in hours.items()}
     lines += [
         "",
-        f"From these, the reference study (98 layers, {within + across:,} pairs, {FEATURES:,} features, {TOKENS:,} tokens) on {cores} "
-        f"cores: matching {hours['matching']:.1f} h ({pair:.2f} s a pair and thread; {cosines / cores / 3600:.1f} h of it decoder "
-        f"rows), reconstruction {hours['reconstruction']:.1f} h (grows with width to the power {growth:.1f}), beside reading the text.",
+        f"From these, the reference study (98 layers, {within + across:,} pairs, {FEATURES:,} features, {TOKENS:,} tokens), {cores} cores:",
+        f"matching {told['matching']} ({pair:.2f} s a pair and thread; {cosines / cores / 3600:.1f} h of it decoder rows),",
+        f"reconstruction {told['reconstruction']} (grows with width to the power {growth:.1f}); reading comes before it.",
     ]
     print("\n".join(lines))
     if options.write:

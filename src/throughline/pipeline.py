@@ -26,7 +26,7 @@ from throughline.progress import JobNotes
 from throughline.quality import evaluate
 from throughline.records import Comparison, LayerQuality, Trace, TransferInfo, best_labels, span
 from throughline.registry import LABELERS, METRICS
-from throughline.run_dir import digest_key
+from throughline.run_dir import RunDir, digest_key
 from throughline.session import Session
 from throughline.study import ModelSpec, Study
 from throughline.text import read_documents
@@ -204,9 +204,15 @@ def _layer_text(session: Session, name: str, layer: int, column: int, codes: Cod
 # ---- transfer
 
 
+BYTES_OF_A_CODE = 8  # a value and the number of its feature
+WORK = 1.0  # what matching holds of the largest model beside its codes, as a share of them
+BASE_GIB = 0.5  # libraries and small models
+
+
 def transfer_models(session: Session, metrics: list[str] | None = None) -> list[TransferInfo]:
     """Every metric for every ordered pair of models it can relate, each model with itself included."""
     study, run = session.study, session.run
+    announced = False
     for name in metrics or study.transfer.metrics:
         metric = METRICS.load(name)(**_metric_options(session, name))
         for i, source in enumerate(study.models):
@@ -218,6 +224,9 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
                     steps.append(_transfer_step(session, name, target, source))
                 if all(_is_done(session, step) for step in steps):
                     continue
+                if not announced:
+                    session.say(f"transfer: about {transfer_gib(run, study):.1f} GiB of memory, beside the models")
+                    announced = True
                 session.say(f"{metric.name}: {source.name} {'and' if metric.both_ways else 'to'} {target.name}")
                 results = metric.compute(
                     _Side(session, source.name),
@@ -229,6 +238,15 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
                     with run.step(*step) as files:
                         files += run.write_transfer(result)
     return run.transfers()
+
+
+def transfer_gib(run: RunDir, study: Study) -> float:
+    """Memory that the metrics are expected to need at most: all models' codes of the held-out text, and work on the largest."""
+    codes = []
+    for spec in study.models:
+        active = sum(quality.l0 * quality.num_tokens for quality in run.quality(spec.name))
+        codes.append(BYTES_OF_A_CODE * active * (1 + bool(study.training.ceiling_seeds)) / 2**30)
+    return BASE_GIB + sum(codes) + WORK * max(codes, default=0.0)
 
 
 def _metric_options(session: Session, metric: str) -> dict[str, Any]:
