@@ -116,7 +116,8 @@ def main() -> None:
     told = {name: f"{h:.1f} h" for name, h in hours.items()}
     lines += [
         "",
-        f"From these, the reference study (98 layers, {within + across:,} pairs, {FEATURES:,} features, {TOKENS:,} tokens), {cores} cores:",
+        f"From these, the reference study (98 layers, {within + across:,} pairs, {FEATURES:,} features, {TOKENS:,} tokens),",
+        f"{cores} cores:",
         f"matching {told['matching']} ({pair:.2f} s a pair and thread; {cosines / cores / 3600:.1f} h of it decoder rows),",
         f"reconstruction {told['reconstruction']} (grows with width to the power {growth:.1f}); reading comes before it.",
     ]
