@@ -4,8 +4,8 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-QUALITY, PERFORMANCE, SCALE = (
-    Path(__file__).parents[1] / "docs" / f"{name}.md" for name in ("quality", "performance", "scale")
+QUALITY, PERFORMANCE, SCALE, RESULTS = (
+    Path(__file__).parents[1] / "docs" / f"{name}.md" for name in ("quality", "performance", "scale", "results")
 )
 
 
