@@ -279,3 +279,57 @@ def test_every_metric_keeps_the_contract(name, layered, zoo_sides, tmp_path):
                 np.testing.assert_array_equal(other.arrays[key], array)
                 assert other.arrays[key].dtype == array.dtype
     assert len(run.transfers()) == len(pairs)
+
+
+# ---- matching: ceilings, the same tokens, the best of all layers
+
+
+def test_the_twin_is_the_ceiling():
+    """Of a layer's 60 features the twin has 45 again, in another order; of the second layer's none."""
+    first, second = sparse_features(60, 20), sparse_features(60, 21)
+    order = np.random.default_rng(0).permutation(60)
+    again = np.hstack([first[:, :45], sparse_features(15, 22)])[:, order]
+    side = side_of("a", first, second)
+    twin_codes = replace(side.codes, layers={0: sp.csr_array(again), 1: sp.csr_array(sparse_features(60, 23))})
+    twins = {layer: random_dictionary(4, 60, seed=5 + layer) for layer in (0, 1)}
+    given = GivenSide("a", side.dictionaries, side.codes, side.codes, side.codes, twins=twins, twin_codes=twin_codes)
+    other = side_of("b", sparse_features(60, 24), sparse_features(60, 25))
+    for result in (
+        Matching().compute(given, given, seed=0, min_count=20)[0],
+        Matching().compute(given, other, seed=0, min_count=20)[0],
+        Matching().compute(other, given, seed=0, min_count=20)[1],
+    ):
+        arrays = result.arrays
+        assert result.info.ceiling is not None
+        assert arrays["ceiling"][0] == pytest.approx(0.75, abs=0.02) and (arrays["ceiling"][1] <= 0.02).all()
+        assert arrays["ceiling_mutual"][0] == pytest.approx(0.75, abs=0.02)
+        assert (arrays["ceiling_low"][0] < arrays["ceiling"][0]).all() and (
+            arrays["ceiling_high"][0] > arrays["ceiling"][0]
+        ).all()
+        assert (arrays["ceiling_correlation"][0] > 0.7).all()
+    without = Matching().compute(other, given, seed=0, min_count=20)[0]
+    assert without.info.ceiling is None and not any(name.startswith("ceiling") for name in without.arrays)
+
+
+def test_one_twin_alone_is_the_ceiling_of_its_layer():
+    first, second = sparse_features(60, 20), sparse_features(60, 21)
+    side = side_of("a", first, second)
+    twin_codes = replace(side.codes, layers={1: sp.csr_array(second)})
+    given = GivenSide("a", side.dictionaries, side.codes, side.codes, side.codes, {1: side.dictionaries[1]}, twin_codes)
+    ceiling = Matching().compute(given, given, seed=0, min_count=20)[0].arrays["ceiling"]
+    assert np.isnan(ceiling[0]).all() and (ceiling[1] == 1).all()
+
+
+def test_the_best_of_all_layers():
+    """Half of the source's features are in the target's second layer, a quarter weakly in its first as well."""
+    source = sparse_features(80, 30)
+    there = np.hstack([source[:, :40], sparse_features(40, 31)])
+    weak = np.hstack([source[:, :20] + 2 * sparse_features(20, 32), sparse_features(60, 33)])
+    forth, back = Matching().compute(side_of("a", source), side_of("b", weak, there), seed=0, min_count=20)
+    arrays = forth.arrays
+    np.testing.assert_array_equal(arrays["mppc"], np.nanmax(arrays["correlation"], axis=1))
+    assert (arrays["mppc_place"][0, :40] == 1).all()
+    assert arrays["mppc_share"][0] == pytest.approx(0.5, abs=0.02)
+    assert arrays["mppc_threshold"][0] >= np.quantile(np.nanmax(arrays["chance"], axis=1), 0.99)
+    assert back.arrays["mppc_share"][1] == pytest.approx(0.5, abs=0.02)
+    assert "mppc" not in Matching().compute(side_of("a", source), side_of("a", source), seed=0, min_count=20)[0].arrays

@@ -43,17 +43,9 @@ from throughline.transfer.pairs import Aligned, Side, align, shift_documents
 
 MOST_ASSIGNED = 2048  # features of a layer up to which an optimal assignment is computed, in cubic time
 OF_PAIRS = (
-    "value",
-    "low",
-    "high",
-    "null",
-    "threshold",
-    "mutual",
-    "mean_correlation",
-    "mean_low",
-    "mean_high",
+    *("value", "low", "high", "null", "threshold", "mutual", "strict", "assigned", "and_gates", "or_gates"),
+    *("mean_correlation", "mean_low", "mean_high", "null_correlation"),
 )
-OF_PAIRS += ("null_correlation", "strict", "assigned", "and_gates", "or_gates")
 CEILINGS = {
     "ceiling": "value",
     "ceiling_low": "low",
@@ -159,10 +151,8 @@ class _Direction:
             if found.evidence:
                 evidence[i, i] = found.evidence
         for (i, _), numbers in judge(evidence, seed).items():
-            self.arrays["ceiling"][i], self.arrays["ceiling_correlation"][i] = (
-                numbers["value"],
-                numbers["mean_correlation"],
-            )
+            for name, of_twin in CEILINGS.items():
+                self.arrays[name][i] = numbers[of_twin]
 
     def result(self, aligned: Aligned, num_documents: int, min_count: int, seed: int) -> TransferResult:
         """With what the arrays mean."""
@@ -170,6 +160,8 @@ class _Direction:
         for (i, j), numbers in judge(self._evidence, seed).items():
             for name, number in numbers.items():
                 self.arrays[name][i, j] = number
+        if not aligned.strict_N.any():
+            self.arrays["strict"][:] = np.nan
         if not source.twins:
             self.arrays = {name: a for name, a in self.arrays.items() if name not in CEILINGS}
         if source.model != self._target.model:
