@@ -12,7 +12,7 @@ import polars as pl
 from throughline.analyzing.causes import compare_causes
 from throughline.analyzing.layers import describe_layers
 from throughline.analyzing.markdown import write_markdown
-from throughline.analyzing.models import describe_pair, describe_sharing
+from throughline.analyzing.models import describe_lack, describe_pair, describe_sharing
 from throughline.analyzing.persistence import describe_families, describe_throughlines
 from throughline.analyzing.shares import pairs_of_layers
 from throughline.records import Analysis, Curve, Finding, Ribbon, TransferResult
@@ -38,6 +38,7 @@ def analyze_run(
     matching = {(r.info.source, r.info.target): r for r in results if r.info.metric == "matching"}
     own = {a: r for (a, b), r in matching.items() if a == b and np.isfinite(pairs_of_layers(r)).any()}
     lines = join_models(matching, {model: find_throughlines(result) for model, result in own.items()})
+    without_ceiling: list[str] = []
     for result in results:
         info = result.info
         if not np.isfinite(pairs_of_layers(result)).any():
@@ -48,12 +49,14 @@ def analyze_run(
                 found, curve = describe_pair(result)
                 findings += found
                 curves.append(curve)
+                without_ceiling += [f"{info.source} to {info.target}"] if not any(curve.ceiling_low) else []
         elif len(info.source_layers) > 2:
             found, curve = describe_layers(result, lines.get(info.source), labels.get(info.source))
             findings += found
             curves.append(curve)
         if info.metric == "flow":
             findings += compare_causes(result)
+    findings += [describe_lack(without_ceiling)] if without_ceiling else []
     for model, table in lines.items():
         finding, curve = describe_throughlines(own[model], table)
         findings.append(finding)

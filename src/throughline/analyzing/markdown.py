@@ -34,7 +34,7 @@ def _rows(curve: Curve) -> list[str]:
         interval = f" [{_number(curve.low, i)}, {_number(curve.high, i)}]" if curve.low else ""
         n = f"{curve.num[i]:,}" if curve.num else ""
         rows.append(
-            f"| {named} | {x:g} | {value}{interval} | {_number(curve.null, i)} | {_number(curve.ceiling, i)} | {n} |"
+            f"| {named} | {x:.3g} | {value}{interval} | {_number(curve.null, i)} | {_number(curve.ceiling, i)} | {n} |"
         )
     return rows
 

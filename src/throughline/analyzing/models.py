@@ -12,9 +12,20 @@ NUM_LABELS = 5
 
 
 def describe_pair(result: TransferResult) -> tuple[list[Finding], Curve]:
-    """How much of one model's features is found in another, and where along its depth that leaves its ceiling."""
+    """How much of one model's features is found in another, and where along its depth that leaves its ceiling, if it has one."""
     finding, curve = _divergence(result)
-    return [_across(result), finding], curve
+    return [_across(result), *([finding] if finding else [])], curve
+
+
+def describe_lack(pairs: list[str]) -> Finding:
+    """That there is no ceiling for these pairs of models."""
+    return Finding(
+        topic="divergence",
+        sentence=f"{', '.join(pairs)}: no dictionaries of another seed were trained (training.ceiling_seeds), so where the models "
+        "diverge from what two dictionaries of one layer share is not known.",
+        beyond_null=False,
+        numbers={"pairs": len(pairs)},
+    )
 
 
 def _across(result: TransferResult) -> Finding:
@@ -44,7 +55,7 @@ def _across(result: TransferResult) -> Finding:
     )
 
 
-def _divergence(result: TransferResult) -> tuple[Finding, Curve]:
+def _divergence(result: TransferResult) -> tuple[Finding | None, Curve]:
     """The best share of each source layer against its ceiling, by relative depth; diverged is the first whose interval lies below
     the ceiling's. The best of many layers is taken, which favours the pair a little."""
     info, arrays = result.info, result.arrays
@@ -68,11 +79,7 @@ def _divergence(result: TransferResult) -> tuple[Finding, Curve]:
     numbers: dict[str, float | int | str | None] = {"source": info.source, "target": info.target, "n": info.num_tokens}
     pair = f"{info.source} to {info.target}"
     if "ceiling_low" not in ceilings or not np.isfinite(ceilings["ceiling_low"]).any():
-        sentence = (
-            f"{pair}: no dictionaries of another seed were trained (training.ceiling_seeds), so where the models diverge from what "
-            "two dictionaries of one layer share is not known."
-        )
-        return Finding(topic="divergence", sentence=sentence, beyond_null=False, numbers=numbers), curve
+        return None, curve
     left = np.flatnonzero(at_best["high"] < ceilings["ceiling_low"])
     if not len(left):
         sentence = f"{pair}: similarity stays within the interval of its ceiling (another seed of the same layer) at every depth."
