@@ -37,7 +37,7 @@ def describe_twins(run: RunDir) -> list[str]:
             numbers = [matched["ceiling_mutual"][place, place], matched["ceiling_correlation"][place, place]]
             numbers += [rebuilt["ceiling"][place, place], rebuilt["twin_ceiling"][place, place]]
             cells = [spec.name, str(quality.layer), f"{quality.l0:.1f}", f"{quality.fvu:.3f}", share]
-            lines.append(f"| {' | '.join([*cells, *(f'{n:.2f}' if np.isfinite(n) else '' for n in numbers)])} |")
+            lines.append(f"| {' | '.join([*cells, *(f'{n:.3f}' if np.isfinite(n) else '' for n in numbers)])} |")
     return [*lines, ""]
 
 

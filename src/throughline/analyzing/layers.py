@@ -20,7 +20,8 @@ def describe_layers(
     findings = [finding]
     if not one_way(result):
         findings.append(_universal_layer(result))
-        findings.append(_hub(result))
+        if not np.allclose(result.arrays["value"], result.arrays["value"].T, equal_nan=True):  # else rows say the same
+            findings.append(_hub(result))
     if result.info.metric == "matching" and lines is not None and len(lines):
         findings.append(_bottleneck(result))
         findings.append(_thirds(result, lines, labels))
