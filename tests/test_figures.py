@@ -34,16 +34,17 @@ def _words(figure: Figure) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FIGURES.names())
-def test_every_registered_figure_saves_png_and_svg_with_the_same_bytes(name: str, tmp_path: Path):
+def test_every_registered_figure_saves_png_svg_and_pdf_with_the_same_bytes(name: str, tmp_path: Path):
     first = save_figure(DRAWINGS[name](), tmp_path / "first" / "a.b")
     second = save_figure(DRAWINGS[name](), tmp_path / "second" / "a.b")
     assert FIGURES.load(name).__name__ == f"draw_{name}"
-    assert [path.name for path in first] == ["a.b.png", "a.b.svg"]
+    assert [path.name for path in first] == ["a.b.png", "a.b.svg", "a.b.pdf"]
     assert first[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert b"<dc:date>" not in first[1].read_bytes()
+    assert b"CreationDate" not in first[2].read_bytes() and first[2].read_bytes()[:5] == b"%PDF-"
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.suffix
-    assert len(list(first[0].parent.iterdir())) == 2  # nothing temporary is left
+    assert len(list(first[0].parent.iterdir())) == 3  # nothing temporary is left
 
 
 def test_quality_draws_every_layer_of_every_model_by_relative_depth_and_the_gate():

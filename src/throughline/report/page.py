@@ -1,4 +1,4 @@
-"""The one-file page: `report/index.html` opens offline, and `report/figures/` holds the figures as png and svg."""
+"""The one-file page: `report/index.html` opens offline, and `report/figures/` holds the figures as png, svg and pdf."""
 
 import html
 import json
