@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from throughline.figures.style import MODEL_COLORS, MODEL_MARKERS, SMALL, new_figure, shorten, styled
+from throughline.figures.style import MODEL_COLORS, MODEL_MARKERS, SMALL, new_figure, shorten, shorten_name, styled
 from throughline.records import Curve
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def draw_divergence(curves: Sequence[Curve], *, num_tokens: int | None = None, s
         for axes, (metric, source) in zip(grid, panels, strict=True):
             own = [curve for curve in found if (curve.metric, curve.source) == (metric, source)]
             for curve in sorted(own, key=lambda c: colors[c.target]):
-                _draw_curve(axes, curve, colors[curve.target], shorten(curve.target, 40))
-            name = f"features of {shorten(source, 40)}" + (f", {metric}" if len(metrics) > 1 else "")
+                _draw_curve(axes, curve, colors[curve.target], shorten_name(curve.target, 40))
+            name = f"features of {shorten_name(source, 40)}" + (f", {metric}" if len(metrics) > 1 else "")
             _finish(axes, own, name, [curve.target for curve in own])
             axes.set_xlim(-0.03, 1.03)
         _label_outer(grid, "relative depth of the source layer", "share found in the best layer")
@@ -60,7 +60,7 @@ def draw_decay(curves: Sequence[Curve], *, num_tokens: int | None = None, seed: 
         for axes, metric in zip(grid, metrics, strict=True):
             own = [curve for curve in found if curve.metric == metric]
             for curve in own:
-                _draw_curve(axes, curve, colors[curve.source], shorten(curve.source, 40))
+                _draw_curve(axes, curve, colors[curve.source], shorten_name(curve.source, 40))
             _finish(axes, own, metric, [curve.source for curve in own])
             _count_layers(axes)
         _label_outer(grid, "distance in layers", "mean over pairs of layers")
@@ -86,7 +86,7 @@ def draw_persistence(curves: Sequence[Curve], *, num_tokens: int | None = None, 
             axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, zorder=1)
             for curve in own:
                 half, number = half_life(curve), colors[curve.source]
-                words = f"{shorten(curve.source, 40)}: {_describe_half_life(curve, half)}"
+                words = f"{shorten_name(curve.source, 40)}: {_describe_half_life(curve, half)}"
                 _draw_curve(axes, curve, number, words + (f" ({metric})" if len(metrics) > 1 else ""))
                 if half is not None:
                     color = MODEL_COLORS[number % len(MODEL_COLORS)]
@@ -149,9 +149,9 @@ def _draw_curve(axes: "Axes", curve: Curve, number: int, label: str) -> None:
     x = np.array(curve.x, float)
     _draw_band(axes, x, curve.low, curve.high, color, 0.18)
     axes.plot(x, numbers(curve.value), color=color, marker=marker, markersize=4, linewidth=1.6, label=label, zorder=4)
-    if curve.null:
+    if any(y is not None for y in curve.null):
         axes.plot(x, numbers(curve.null), color=color, linestyle=":", linewidth=1.2, label="_null", zorder=3)
-    if curve.ceiling:
+    if any(y is not None for y in curve.ceiling):
         _draw_band(axes, x, curve.ceiling_low, curve.ceiling_high, color, 0.1)
         axes.plot(x, numbers(curve.ceiling), color=color, linestyle="--", linewidth=1.1, label="_ceiling", zorder=3)
 
@@ -175,6 +175,8 @@ def _finish(axes: "Axes", curves: list[Curve], title: str, names: list[str]) -> 
         lacking.append(f"points below {LOWEST:g} are not shown")
     low, high = max(float(lowest), LOWEST), float(highest)
     axes.set_ylim(low - (0.03 * (high - low) if low < 0 else 0), high + 0.03 * (high - low))
+    if low < 0:
+        axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=1, label="_zero")
     words = "; ".join(word for word in lacking if word)
     axes.set_title(title, loc="left", pad=15 if words else 5)
     if words:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from throughline.figures.style import MODEL_COLORS, SMALL, new_figure, shorten, styled
+from throughline.figures.style import MODEL_COLORS, SMALL, new_figure, shorten_name, styled
 from throughline.records import TransferResult
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def share_at_least(values: np.ndarray) -> np.ndarray:
 def _draw_pair(axes: "Axes", best: BestMatches, result: TransferResult) -> None:
     info = result.info
     within = info.source == info.target
-    name = f"{shorten(info.source, 24)}, neighbouring layers" if within else ""
-    name = name or f"{shorten(info.source, 20)} → {shorten(info.target, 20)}"
+    name = f"{shorten_name(info.source, 24)}, neighbouring layers" if within else ""
+    name = name or f"{shorten_name(info.source, 20)} → {shorten_name(info.target, 20)}"
     counted = ("features and layers" if within else "features") + ("" if np.isfinite(best.ceiling) else "; no ceiling")
     axes.set_title(f"{name}\nn = {len(best.real):,} {counted}", fontsize=SMALL, loc="left")
     axes.set_xlim(0, 1)

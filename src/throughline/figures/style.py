@@ -99,6 +99,11 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
+def shorten_name(model: str, length: int) -> str:
+    """A model's name without its owner if it is too long, then cut."""
+    return shorten(model if len(model) <= length else model.rpartition("/")[2], length)
+
+
 def luminance(color: Sequence[float]) -> float:
     """Perceived brightness of an RGB colour, 0 to 1; numbers on it are black above one half."""
     return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]

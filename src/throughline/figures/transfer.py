@@ -13,7 +13,7 @@ from throughline.figures.style import (
     luminance,
     new_figure,
     sequential,
-    shorten,
+    shorten_name,
     styled,
 )
 from throughline.records import TransferInfo, TransferResult
@@ -247,7 +247,7 @@ def _mark_blocks(axes: "Axes", matrix: BlockMatrix, names_above: bool) -> None:
     ]
     middles = (matrix.bounds[:-1] + matrix.bounds[1:] - 1) / 2
     room = [max(6, int(88 * len(layers) / size)) for layers in matrix.layers]  # characters
-    names = [shorten(model, length) for model, length in zip(matrix.models, room, strict=True)]
+    names = [shorten_name(model, length) for model, length in zip(matrix.models, room, strict=True)]
     if names_above:
         axes.xaxis.tick_top()
         axes.xaxis.set_label_position("top")
