@@ -14,10 +14,12 @@ from throughline.records import (
     ActiveFeature,
     Analysis,
     Comparison,
+    Curve,
     Finding,
     Label,
     LayerQuality,
     LayerReading,
+    Ribbon,
     SharedFeature,
     Trace,
     TransferInfo,
@@ -154,7 +156,10 @@ def make_tables(model: SyntheticModel, *, contexts: int = 3, seed: int = 0) -> d
 
 
 def make_transfer(source: SyntheticModel, target: SyntheticModel, metric: str, seed: int = 0) -> TransferResult:
-    """Arrays [source layer, target layer] that decay with the distance in relative depth; matching has all its own."""
+    """Arrays [source layer, target layer] that decay with the distance in relative depth; matching has all its own.
+
+    Within a model the ceiling differs by source layer (matching), or by target layer and with a twin's beside it (reconstruction).
+    """
     rng = np.random.default_rng([seed, source.d_sae, target.d_sae, len(metric)])
     shape = (source.num_layers, target.num_layers)
     depth = np.abs(np.linspace(0, 1, shape[0])[:, None] - np.linspace(0, 1, shape[1])[None, :])
@@ -164,7 +169,7 @@ def make_transfer(source: SyntheticModel, target: SyntheticModel, metric: str, s
         "low": value - 0.03,
         "high": value + 0.03,
         "null": np.full(shape, 0.08) + 0.01 * rng.random(shape),
-        "ceiling": np.full(shape, 0.95),
+        "ceiling": np.repeat(np.linspace(0.95, 0.85, shape[0])[:, None], shape[1], axis=1),
     }
     if metric == "matching":
         full = (*shape, source.d_sae)
@@ -173,7 +178,14 @@ def make_transfer(source: SyntheticModel, target: SyntheticModel, metric: str, s
             "correlation": rng.random(full).astype(np.float32),
             "threshold": np.full(shape, 0.2),
             "live": rng.random((shape[0], source.d_sae)) < 0.9,
+            "chance": 0.3 * rng.random(full).astype(np.float32),
+            "ceiling_correlation": np.full(shape, 0.7),
         }
+        for name in ("correlation", "chance"):
+            arrays[name][~np.broadcast_to(arrays["live"][:, None], full)] = np.nan
+    else:
+        arrays["ceiling"] = np.repeat(np.linspace(0.95, 0.85, shape[1])[None], shape[0], axis=0)
+        arrays["twin_ceiling"] = arrays["ceiling"] - 0.02
     info = TransferInfo(
         metric=metric,
         source=source.name,
@@ -193,6 +205,8 @@ def make_transfer(source: SyntheticModel, target: SyntheticModel, metric: str, s
     )
     if info.ceiling is None:
         del arrays["ceiling"]
+        arrays.pop("ceiling_correlation", None)
+        arrays.pop("twin_ceiling", None)
     return TransferResult(info, arrays)
 
 
@@ -296,14 +310,74 @@ def make_comparison(models: tuple[SyntheticModel, ...] = MODELS, prompt: str = P
     )
 
 
-def make_analysis() -> Analysis:
-    """Two findings, one of them nothing beyond the null."""
+def make_curves(models: tuple[SyntheticModel, ...] = MODELS, *, ceiling: bool = True, seed: int = 0) -> list[Curve]:
+    """Divergence of every ordered pair, decay of two metrics and persistence of every model; the first model's first
+    target has no ceiling in any case, and no value for its first layer."""
+    rng = np.random.default_rng([seed, 2])
+    curves = []
+
+    def add(kind: str, metric: str, source: str, target: str, x: np.ndarray, value: np.ndarray, ceiled: bool) -> None:
+        listed: list[float | None] = [float(y) for y in value]
+        if kind == "divergence" and source == models[0].name and not ceiled:
+            listed[0] = None
+        spread = 0.02 + 0.02 * rng.random(len(x))
+        top = np.clip(value + 0.25, 0, 0.97)
+        curves.append(
+            Curve(
+                kind=kind,  # pyright: ignore[reportArgumentType]
+                metric=metric,
+                source=source,
+                target=target,
+                x=x.tolist(),
+                value=listed,
+                low=[None if y is None else y - d for y, d in zip(listed, spread, strict=True)],
+                high=[None if y is None else y + d for y, d in zip(listed, spread, strict=True)],
+                null=(0.06 + 0.02 * rng.random(len(x))).tolist(),
+                ceiling=top.tolist() if ceiled else [],
+                ceiling_low=(top - 0.03).tolist() if ceiled else [],
+                ceiling_high=np.clip(top + 0.03, 0, 1).tolist() if ceiled else [],
+                num=[100 + 10 * i for i in range(len(x))],
+            )
+        )
+
+    for model in models:
+        depth = np.linspace(0, 1, model.num_layers)
+        steps = np.arange(1, model.num_layers)
+        for other in (m for m in models if m != model):
+            ceiled = ceiling and (model, other) != models[:2]
+            value = 0.55 - 0.3 * depth + 0.08 * np.sin(6 * depth + other.d_sae) + 0.03 * rng.random(len(depth))
+            add("divergence", "matching", model.name, other.name, depth, value, ceiled)
+        if len(steps):
+            near = np.exp(-steps / (2 + model.d_sae / 40))
+            add("decay", "matching", model.name, model.name, steps, near, ceiling)
+            add("decay", "reconstruction", model.name, model.name, steps, 1.1 * near - 0.4, False)
+        ages = np.arange(1, model.num_layers + 1)
+        alive = np.exp(-(ages - 1) / (1 + model.d_sae / 30))
+        add("persistence", "matching", model.name, model.name, ages, alive, ceiling)
+    return curves
+
+
+def make_ribbon(model: SyntheticModel, seed: int = 0) -> Ribbon:
+    """All features of the first layer are new; later ones fill up what has died, so that d_sae are alive everywhere."""
+    rng = np.random.default_rng([seed, model.num_layers, 3])
+    alive = np.zeros((model.num_layers, model.num_layers), int)
+    for layer in range(model.num_layers):
+        if layer:
+            alive[:layer, layer] = rng.binomial(alive[:layer, layer - 1], 0.75)
+        alive[layer, layer] = model.d_sae - alive[:layer, layer].sum()
+    return Ribbon(model=model.name, layers=list(range(model.num_layers)), alive=alive.tolist())
+
+
+def make_analysis(models: tuple[SyntheticModel, ...] = MODELS) -> Analysis:
+    """Two findings, one of them nothing beyond the null, with all curves and ribbons."""
     return Analysis(
         num_tokens=50_000,
         seed=0,
+        curves=make_curves(models),
+        ribbons=[make_ribbon(model) for model in models],
         findings=[
             Finding(
-                topic="decay",
+                topic="decay with distance",
                 sentence="zoo/tall: matched share falls from 0.91 to 0.12 over 5 layers.",
                 beyond_null=True,
                 numbers={"slope": -0.158, "low": -0.17, "high": -0.14},
@@ -348,5 +422,5 @@ def build_run(
     if "comparisons" in parts and len(models) > 1:
         run.write_comparison(make_comparison(models))
     if "analysis" in parts:
-        run.write_record("analysis.json", make_analysis())
+        run.write_record("analysis.json", make_analysis(models))
     return run

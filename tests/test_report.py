@@ -138,9 +138,23 @@ def test_examples_keep_their_tokens_and_shades(complete: Path):
 
 def test_figures_lie_beside_the_page(complete: Path):
     names = {path.name for path in (complete.parent / "figures").iterdir()}
-    assert {"quality.png", "quality.svg", "all-models-matching.svg"} <= names
+    assert {"quality.png", "quality.svg", "quality.pdf", "all-models-matching.svg"} <= names
+    for name in ("divergence", "decay", "persistence", "best-matches", "ribbon-zoo-tall", "ribbon-small"):
+        assert {f"{name}.{kind}" for kind in ("png", "svg", "pdf")} <= names
     assert "transfer-reconstruction-zoo-tall__small.png" in names
     assert sum(name.startswith("trace-") and name.endswith(".png") for name in names) == len(MODELS)
+
+
+def test_page_carries_the_pictures_of_the_analysis_as_they_are_saved(complete: Path, bare: Path):
+    page = _Page(complete)
+    shown = {figure["name"]: figure for figure in page.data["figures"]}
+    ribbons = [f"ribbon-{name}" for name in ("zoo-tall", "zoo-wide", "small")]
+    assert list(shown) == ["divergence", "decay", "persistence", *ribbons, "best-matches"]
+    for name, figure in shown.items():
+        assert figure["svg"] == (complete.parent / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+    assert "curves" not in page.data["analysis"]  # they lie in the run; the page shows the pictures
+    assert not any(tag == "img" for tag, _ in page.elements)  # the script makes them
+    assert _Page(bare).data["figures"] == []
 
 
 def test_report_written_again_is_the_same(bare: Path):
@@ -243,7 +257,8 @@ class _Tab:
         """Leave, requiring that nothing went wrong and nothing but the file (and its empty icon) was asked for."""
         self.page.close()
         assert not self.complaints
-        assert {url.partition("#")[0] for url in self.requests} - {"data:,"} == {self.home.partition("#")[0]}
+        asked = {url.partition("#")[0] for url in self.requests if not url.startswith("data:")}
+        assert asked == {self.home.partition("#")[0]}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -300,6 +315,20 @@ def test_heat_map_cells_give_their_numbers_to_pointer_click_and_keys(browser: An
     size = sum(model.num_layers for model in MODELS)
     assert tab.page.locator("#transfer-all rect.cell").count() == size**2
     assert "mean null" in tab.page.inner_text("#transfer-pair")
+    tab.close()
+
+
+def test_pictures_stand_with_the_findings_on_the_same_thing(browser: Any, complete: Path):
+    tab = _Tab(browser, complete)
+    pictures = tab.page.locator("#analysis img")
+    assert pictures.count() == 7
+    assert all(
+        pictures.nth(i).evaluate("image => image.decode().then(() => image.naturalWidth)") > 400 for i in range(7)
+    )
+    before = "image => image.closest('figure').previousElementSibling.textContent"
+    assert "falls from 0.91 to 0.12" in tab.page.locator("img[data-name=decay]").evaluate(before)
+    assert "against the distance" in tab.page.locator("img[data-name=decay]").get_attribute("alt")
+    assert "figures/decay.svg" in tab.page.inner_text("#analysis")
     tab.close()
 
 

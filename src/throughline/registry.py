@@ -83,5 +83,10 @@ FIGURES = Registry(
         "transfer": "throughline.figures.transfer:draw_transfer",
         "all_models": "throughline.figures.transfer:draw_all_models",
         "trace": "throughline.figures.trace:draw_trace",
+        "divergence": "throughline.figures.curves:draw_divergence",
+        "decay": "throughline.figures.curves:draw_decay",
+        "persistence": "throughline.figures.curves:draw_persistence",
+        "ribbon": "throughline.figures.ribbons:draw_ribbon",
+        "best_matches": "throughline.figures.matches:draw_best_matches",
     },
 )

@@ -36,6 +36,7 @@ _SETTINGS: dict[Any, Any] = {
     "text.parse_math": False,  # a token may be "$"
     "svg.fonttype": "none",  # text stays text: it can be searched and edited
     "svg.hashsalt": "throughline",  # ids from the content alone, so that the bytes can be reproduced
+    "pdf.fonttype": 42,  # the font's own outlines, which journals ask for and programs can edit
 }
 
 
@@ -98,22 +99,27 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
+def shorten_name(model: str, length: int) -> str:
+    """A model's name without its owner if it is too long, then cut."""
+    return shorten(model if len(model) <= length else model.rpartition("/")[2], length)
+
+
 def luminance(color: Sequence[float]) -> float:
     """Perceived brightness of an RGB colour, 0 to 1; numbers on it are black above one half."""
     return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
 def save_figure(figure: "Figure", stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg, each at once or not at all; the same figure gives the same bytes."""
+    """Write `stem`.png, .svg and .pdf, each at once or not at all; the same figure gives the same bytes."""
     written, engine = [], figure.get_layout_engine()
     # Not with_suffix: a model name may have a dot in it.
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
         path = stem.with_name(f"{stem.name}.{kind}")
         with styled(), warnings.catch_warnings(), replacing(path) as temporary:
             # A token in a script that the font lacks shows as a box, as it would in an editor.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-        figure.set_layout_engine("none")  # places are in inches: the second file takes those of the first
+        figure.set_layout_engine("none")  # places are in inches: the other files take those of the first
         written.append(path)
     figure.set_layout_engine(engine)
     return written

@@ -36,8 +36,8 @@ QUALITY_COLUMNS = (
 )
 
 
-def collect(run: RunDir, results: list[TransferResult]) -> dict[str, Any]:
-    """Everything the page shows of `run`, as JSON values; `results` are its transfer results.
+def collect(run: RunDir, results: list[TransferResult], figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything the page shows of `run`, as JSON values; `results` are its transfer results, `figures` those of the analysis.
 
     What the run does not have is None or empty; the page then names the command that makes it.
     """
@@ -56,7 +56,8 @@ def collect(run: RunDir, results: list[TransferResult]) -> dict[str, Any]:
             "models": [_describe_model(study, name, layers) for name, layers in qualities.items()],
             "quality": _describe_qualities(qualities),
             "transfer": _describe_transfers(results),
-            "analysis": analysis.model_dump() if analysis else None,
+            "analysis": analysis.model_dump(exclude={"curves", "ribbons"}) if analysis else None,
+            "figures": figures,
             "features": features,
             "strings": list(strings.numbers),
             "roles": [f"{kind} in the {part}" for part in PARTS for kind in TOKEN_KINDS],

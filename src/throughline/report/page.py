@@ -1,4 +1,4 @@
-"""The one-file page: `report/index.html` opens offline, and `report/figures/` holds the figures as png and svg."""
+"""The one-file page: `report/index.html` opens offline, and `report/figures/` holds the figures as png, svg and pdf."""
 
 import html
 import json
@@ -14,6 +14,7 @@ from throughline.figures.transfer import draw_all_models, draw_transfer
 from throughline.files import replacing
 from throughline.records import TransferResult
 from throughline.report.contents import collect, collect_traces
+from throughline.report.drawings import draw_analysis
 from throughline.run_dir import RunDir, digest_key
 
 
@@ -23,11 +24,11 @@ def write_report(run: RunDir) -> Path:
     Missing results are no error: their section names the command that makes them.
     """
     results = read_transfers(run)
-    write_figures(run, results)
+    drawings = write_figures(run, results)
     path = run.report_folder() / "index.html"
     with replacing(path) as temporary:
         # A lone surrogate (half of a character that a token cuts in two) becomes its JSON escape.
-        temporary.write_bytes(render_page(collect(run, results)).encode("utf-8", "backslashreplace"))
+        temporary.write_bytes(render_page(collect(run, results, drawings)).encode("utf-8", "backslashreplace"))
     run.push_report()
     return path
 
@@ -47,23 +48,31 @@ def read_transfers(run: RunDir) -> list[TransferResult]:
     return [run.transfer(info.metric, info.source, info.target) for info in infos]
 
 
-def write_figures(run: RunDir, results: list[TransferResult]) -> list[Path]:
-    """Save every figure that `run` has records for, named after what it shows."""
-    folder, written = run.report_folder() / "figures", []
+def write_figures(run: RunDir, results: list[TransferResult]) -> list[dict[str, Any]]:
+    """Save every figure that `run` has records for, named after what it shows.
+
+    What the page shows of those of the analysis: name, topics, caption, and the picture as svg.
+    """
+    folder, shown = run.report_folder() / "figures", []
     study = run.study()
     qualities = {model.name: run.quality(model.name) for model in study.models}
     if any(qualities.values()):
-        written += save_figure(draw_quality(qualities, study.gate), folder / "quality")
+        save_figure(draw_quality(qualities, study.gate), folder / "quality")
     for result in results:
         name = _file_name("transfer", result.info.metric, f"{result.info.source}__{result.info.target}")
-        written += save_figure(draw_transfer(result), folder / name)
+        save_figure(draw_transfer(result), folder / name)
     for metric in sorted({result.info.metric for result in results}):
         figure = draw_all_models([result for result in results if result.info.metric == metric])
-        written += save_figure(figure, folder / _file_name("all-models", metric))
+        save_figure(figure, folder / _file_name("all-models", metric))
     for trace in collect_traces(run, run.comparisons()):
         name = _file_name("trace", trace.model, digest_key(trace.model, trace.prompt)[:8])
-        written += save_figure(draw_trace(trace), folder / name)
-    return written
+        save_figure(draw_trace(trace), folder / name)
+    for drawing in draw_analysis(run.analysis(), results):
+        name = _file_name(drawing.name)
+        svg = next(path for path in save_figure(drawing.figure, folder / name) if path.suffix == ".svg")
+        words = {"name": name, "topics": drawing.topics, "caption": drawing.caption}
+        shown.append(words | {"svg": svg.read_text(encoding="utf-8")})
+    return shown
 
 
 def render_page(contents: dict[str, Any]) -> str:

@@ -372,15 +372,26 @@ function drawTransfer() {
 
 // ---- 4. analysis
 
+// A picture that was drawn for a file. In an img nothing of it can run or fetch.
+function drawing(figure) {
+  const source = "data:image/svg+xml," + encodeURIComponent(figure.svg);
+  return h("figure", { class: "drawing" }, h("img", { src: source, alt: figure.caption, "data-name": figure.name }),
+    h("figcaption", {}, figure.caption, " ", h("small", {}, `figures/${figure.name}.svg, .png and .pdf`)));
+}
+
 function drawAnalysis() {
   const analysis = data.analysis;
-  if (!analysis) return section("analysis", "Analysis", null, empty("The matrices have not been analysed.", `report ${RUN}`));
+  if (!analysis) return section("analysis", "Analysis", null, empty("The matrices have not been analysed.", `report ${RUN}`), data.figures.map(drawing));
   const topics = [...new Set(analysis.findings.map((f) => f.topic))];
   const beyond = analysis.findings.filter((f) => f.beyond_null).length;
+  const home = (figure) => topics.find((topic) => figure.topics.some((word) => topic.toLowerCase().includes(word)));
+  const others = data.figures.filter((f) => home(f) === undefined);
   section("analysis", "Analysis", `${plural(analysis.findings.length, "finding")}, ${beyond} beyond the null; n = ${count(analysis.num_tokens)} tokens, seed ${analysis.seed}.`,
     topics.map((topic) => [h("h3", {}, topic), h("ul", { class: "findings" }, analysis.findings.filter((f) => f.topic === topic).map((f) =>
       h("li", { class: f.beyond_null ? null : "null" }, f.sentence, " ", !f.beyond_null && h("span", { class: "tag" }, "nothing beyond the null"),
-        Object.keys(f.numbers).length > 0 && h("div", {}, h("small", {}, Object.entries(f.numbers).map(([k, v]) => `${k} ${fmt(v)}`).join(" · "))))))]));
+        Object.keys(f.numbers).length > 0 && h("div", {}, h("small", {}, Object.entries(f.numbers).map(([k, v]) => `${k} ${fmt(v)}`).join(" · ")))))),
+      data.figures.filter((f) => home(f) === topic).map(drawing)]),
+    others.length > 0 && [h("h3", {}, "figures"), others.map(drawing)]);
 }
 
 // ---- 5. features
