@@ -40,6 +40,20 @@ def test_a_path_that_leads_nowhere_is_one_line(path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", [":Thing", ".module:Thing", "throughline.text:"])
+def test_a_path_that_is_none_is_one_line(path):
+    with pytest.raises(InputError, match="cannot be loaded from") as caught:
+        METRICS.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_metric_is_refused():
+    with pytest.raises(
+        InputError, match=r"errors:InputError is no metric: it has no name, across_models, both_ways, comp"
+    ):
+        METRICS.load("throughline.errors:InputError")
+
+
 def test_entry_points_extend_and_never_replace(monkeypatch):
     def installed(group):
         value = "throughline.labelers.tokens:Tokens"

@@ -18,10 +18,11 @@ from throughline.errors import InputError
 
 @dataclass(frozen=True)
 class Registry:
-    """Names and where their implementations are (`module:attribute`)."""
+    """Names and where their implementations are (`module:attribute`), each of which has the attributes `required`."""
 
     kind: str
     built_in: Mapping[str, str]
+    required: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """All names, the built-in ones first."""
@@ -36,9 +37,15 @@ class Registry:
             raise InputError(unknown(self.kind, name, self.names()))
         module, _, attribute = path.partition(":")
         try:
-            return getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"{self.kind} {name!r} cannot be loaded from {path}: {error}") from error
+            found = getattr(import_module(module), attribute)
+        except Exception as error:  # a module that is somebody else's can fail in any way when it is imported
+            reason = (
+                str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+            )
+            raise InputError(f"{self.kind} {name!r} cannot be loaded from {path}: {reason}") from error
+        if missing := [wanted for wanted in self.required if not hasattr(found, wanted)]:
+            raise InputError(f"{path} is no {self.kind}: it has no {', '.join(missing)}")
+        return found
 
     def _entry_points(self) -> list[Any]:
         return list(entry_points(group=f"throughline.{self.kind.replace(' ', '_')}s"))
@@ -71,6 +78,7 @@ METRICS = Registry(
         "flow": "throughline.transfer.flow:Flow",
         "similarity": "throughline.transfer.similarity:Similarity",
     },
+    required=("name", "across_models", "both_ways", "compute"),
 )
 LABELERS = Registry(
     "labeler",

@@ -193,7 +193,25 @@ def _tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[list, list, list]
         padding=False,
         verbose=False,  # no warning for a text longer than the model's context: it is cut afterwards
     )
-    return encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]  # type: ignore[return-value]
+    offsets = [_cover_composed(text, spans) for text, spans in zip(texts, encoded["offset_mapping"], strict=True)]  # type: ignore[arg-type]
+    return encoded["input_ids"], offsets, encoded["special_tokens_mask"]  # type: ignore[return-value]
+
+
+def _cover_composed(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """`spans` in which characters that no token covers belong to the token before them, spaces excepted.
+
+    A tokenizer that composes characters first (e and a combining accent to é) says only the first of them.
+    """
+    if unicodedata.is_normalized("NFC", text):
+        return spans
+    covered = {character for start, end in spans for character in range(start, end)}
+
+    def last_end(end: int) -> int:
+        while end < len(text) and end not in covered and not text[end].isspace():
+            end += 1
+        return end
+
+    return [(start, last_end(end)) if end > start else (start, end) for start, end in spans]
 
 
 def _special_ids(tokenizer: Tokenizer) -> set[int]:
