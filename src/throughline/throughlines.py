@@ -112,7 +112,7 @@ def measure_persistence(result: TransferResult, table: pl.DataFrame) -> Persiste
     links = np.arange(depth - 1)
     of_links = {"null": arrays["null"][links, links + 1]}
     of_links["ceiling"] = (
-        arrays["ceiling_mutual"][links, links] if "ceiling_mutual" in arrays else np.full(depth - 1, np.nan)
+        arrays["ceiling_mutual"][links, links + 1] if "ceiling_mutual" in arrays else np.full(depth - 1, np.nan)
     )
     rows = []
     for d in range(depth):

@@ -143,7 +143,9 @@ def _bottleneck(result: TransferResult) -> Finding:
     beyond = link.high < others.low
     ceilings = result.arrays.get("ceiling_mutual")
     ceiling = (
-        f", {ceilings[place, place]:.0%} to another seed's dictionary of the same layer" if ceilings is not None else ""
+        f", {ceilings[place, place + 1]:.0%} to another seed's dictionary of the same layer"
+        if ceilings is not None
+        else ""
     )
     words = (
         f"{info.source}: fewest features go on from layer {info.source_layers[place]} to {info.source_layers[place + 1]}:"
@@ -161,7 +163,7 @@ def _bottleneck(result: TransferResult) -> Finding:
             "low": link.low,
             "high": link.high,
             "share elsewhere": others.value,
-            "ceiling": float(ceilings[place, place]) if ceilings is not None else None,
+            "ceiling": float(ceilings[place, place + 1]) if ceilings is not None else None,
             "n": link.n,
         },
     )

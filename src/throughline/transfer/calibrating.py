@@ -5,6 +5,7 @@
        up or down on either side): at least FEWEST_CHANCES, for the quantile of fewer is their maximum, which says too little
     3. value: the share of live source features whose best real correlation is above the threshold
     4. null: the same share when nothing is known but the kind of position
+    5. ceiling: the same share, above the same threshold, between the source layer and a dictionary of it from another seed
 
 The two directions have thresholds of their own and count for themselves: their highest chance correlations are the same ones.
 """
@@ -48,13 +49,16 @@ def num_shifts(sizes: dict[Cell, tuple[int, int]]) -> dict[Cell, int]:
     return found
 
 
-def judge(evidence: dict[Cell, Evidence], seed: int) -> dict[Cell, dict[str, float]]:
-    """Thresholds, shares and means of every pair of layers in one direction."""
+def judge(evidence: dict[Cell, Evidence], twins: dict[int, Evidence], seed: int) -> dict[Cell, dict[str, float]]:
+    """Thresholds, shares and means of every pair of layers in one direction; `twins` by the place of the source layer."""
     found = {}
     for cell, mine in evidence.items():
         drawn_CM = np.concatenate([evidence[other].chance_CM for other in _next_to(cell) if other in evidence], axis=1)
         threshold_C = np.quantile(drawn_CM, NULL_QUANTILE, axis=1, method="higher")
         found[cell] = _shares(mine, float(threshold_C[0]), float(threshold_C[-1]), seed)
+        if cell[0] in twins:
+            of_twin = _above(twins[cell[0]], float(threshold_C[-1]), seed)
+            found[cell] |= {"ceiling" if name == "value" else f"ceiling_{name}": n for name, n in of_twin.items()}
     return found
 
 
@@ -92,20 +96,26 @@ def _next_to(cell: Cell) -> list[Cell]:
 
 
 def _shares(mine: Evidence, strict_threshold: float, threshold: float, seed: int) -> dict[str, float]:
-    correlation_U = mine.best.correlation
-    above_U = correlation_U > threshold
-    low, high = bootstrap_interval(above_U.astype(float), seed)
-    mean_low, mean_high = bootstrap_interval(correlation_U, seed)
+    above = _above(mine, threshold, seed)
+    mean_low, mean_high = bootstrap_interval(mine.best.correlation, seed)
     return {
-        "value": float(above_U.mean()),
-        "low": low,
-        "high": high,
+        **{"mean_correlation" if name == "correlation" else name: number for name, number in above.items()},
         "null": float((mine.by_role_U > threshold).mean()),
         "threshold": threshold,
-        "mutual": float((mine.is_mutual_U & above_U).mean()),
-        "mean_correlation": float(correlation_U.mean()),
         "mean_low": mean_low,
         "mean_high": mean_high,
         "null_correlation": float(mine.by_role_U.mean()),
         "strict": float((mine.strict_U > strict_threshold).mean()) if len(mine.strict_U) else math.nan,
+    }
+
+
+def _above(mine: Evidence, threshold: float, seed: int) -> dict[str, float]:
+    above_U = mine.best.correlation > threshold
+    low, high = bootstrap_interval(above_U.astype(float), seed)
+    return {
+        "value": float(above_U.mean()),
+        "low": low,
+        "high": high,
+        "mutual": float((mine.is_mutual_U & above_U).mean()),
+        "correlation": float(mine.best.correlation.mean()),
     }

@@ -6,7 +6,8 @@
        threshold of it
     4. null: the share that passes the threshold when nothing is known but the kind of position: tokens shuffled among those
        of the same role in both models (number in the question, word in the answer, …), in the mean over all shuffles
-    5. ceiling: the same share between the source layer and its twin, a dictionary of that layer from another seed
+    5. ceiling: the share that passes the same threshold between the source layer and its twin, a dictionary of that layer from
+       another seed
     6. MPPC, across models: the partner of u in whichever layer of the other model correlates most
 
 Features that fire on fewer than `min_count` aligned tokens are left out: two rare features that meet once correlate perfectly.
@@ -46,13 +47,7 @@ OF_PAIRS = (
     *("value", "low", "high", "null", "threshold", "mutual", "strict", "assigned", "and_gates", "or_gates"),
     *("mean_correlation", "mean_low", "mean_high", "null_correlation"),
 )
-CEILINGS = {
-    "ceiling": "value",
-    "ceiling_low": "low",
-    "ceiling_high": "high",
-    "ceiling_mutual": "mutual",
-    "ceiling_correlation": "mean_correlation",
-}
+CEILINGS = ("ceiling", "ceiling_low", "ceiling_high", "ceiling_mutual", "ceiling_correlation")
 OF_DECODERS = ("cosine_agrees", "folded_agrees", "mean_cosine", "pw_mcc", "pw_mcc_by_mass")
 OF_FEATURES = ("correlation", "chance", "sufficiency", "necessity", "jaccard", "cosine")
 
@@ -91,10 +86,10 @@ class Matching:
             back.put(j, i, backward)
             if source.model == target.model:
                 there.put(j, i, backward)
-        there.put_ceilings(aligned.source_N, min_count, seed)
+        there.put_twins(aligned.source_N, min_count)
         if source.model == target.model:
             return [there.result(aligned, num_documents, min_count, seed)]
-        back.put_ceilings(aligned.target_N, min_count, seed)
+        back.put_twins(aligned.target_N, min_count)
         return [
             there.result(aligned, num_documents, min_count, seed),
             back.result(
@@ -110,6 +105,7 @@ class _Direction:
         self._source, self._target = source, target
         self._gates: list[np.ndarray] = []
         self._evidence: dict[Cell, Evidence] = {}
+        self._twins: dict[int, Evidence] = {}
         shape = (len(source.dictionaries), len(target.dictionaries))
         width = max((d.d_sae for d in source.dictionaries.values()), default=0)
         self.arrays: dict[str, np.ndarray] = {
@@ -131,33 +127,25 @@ class _Direction:
             self.arrays[name][i, j, found.live] = array
         self._gates.append(np.insert(found.gates, [0, 0], (i, j), axis=1))
 
-    def put_ceilings(self, tokens_N: np.ndarray, min_count: int, seed: int) -> None:
+    def put_twins(self, tokens_N: np.ndarray, min_count: int) -> None:
         """Each source layer against its twin."""
-        twins, codes = self._source.twins, self._source.twin_codes
+        twins, codes, own = self._source.twins, self._source.twin_codes, self._source.codes
         if codes is None:
             return
-        meeting = _Meeting(self._source.codes, codes, Aligned(tokens_N, tokens_N, 1.0, np.ones(len(tokens_N), bool)))
-        own = self._source.codes
-        places = {i: layer for i, layer in enumerate(self._source.dictionaries) if layer in twins}
-        features = {i: SourceFeatures.of(own.layers[layer], tokens_N, min_count) for i, layer in places.items()}
-        live = {i: live_features(codes.layers[layer], tokens_N, min_count) for i, layer in places.items()}
-        shifts = num_shifts({(i, i): (len(features[i].features), len(live[i])) for i in places})
-        meeting.prepare(max(shifts.values(), default=0))
-        evidence = {}
-        for i, layer in places.items():
-            num = shifts[i, i]
-            mine, other = _Source.of(features[i], meeting, num), _Target.of(codes.layers[layer], live[i], meeting, num)
-            found, _ = _match_layers(mine, other, None, num, min_count)
-            if found.evidence:
-                evidence[i, i] = found.evidence
-        for (i, _), numbers in judge(evidence, seed).items():
-            for name, of_twin in CEILINGS.items():
-                self.arrays[name][i] = numbers[of_twin]
+        meeting = _Meeting(own, codes, Aligned(tokens_N, tokens_N, 1.0, np.ones(len(tokens_N), bool)))
+        meeting.prepare(1)
+        for i, layer in enumerate(self._source.dictionaries):
+            if layer in twins:
+                live = live_features(codes.layers[layer], tokens_N, min_count)
+                mine = _Source.of(SourceFeatures.of(own.layers[layer], tokens_N, min_count), meeting, 1)
+                found, _ = _match_layers(mine, _Target.of(codes.layers[layer], live, meeting, 1), None, 1, min_count)
+                if found.evidence:
+                    self._twins[i] = found.evidence
 
     def result(self, aligned: Aligned, num_documents: int, min_count: int, seed: int) -> TransferResult:
         """With what the arrays mean."""
         source = self._source
-        for (i, j), numbers in judge(self._evidence, seed).items():
+        for (i, j), numbers in judge(self._evidence, self._twins, seed).items():
             for name, number in numbers.items():
                 self.arrays[name][i, j] = number
         if not aligned.strict_N.any():
@@ -176,7 +164,7 @@ class _Direction:
             target_layers=list(self._target.dictionaries),
             quantity="share of live source features with a partner in the target layer above the null",
             null="the same share if only the kind of position were known (number in the question, …)",
-            ceiling="the same share between the source layer and a dictionary of it from another seed"
+            ceiling="the share above the same threshold between the source layer and a dictionary of it from another seed"
             if source.twins
             else None,
             num_tokens=len(aligned.source_N),
