@@ -64,7 +64,7 @@ def draw_decay(curves: Sequence[Curve], *, num_tokens: int | None = None, seed: 
             _finish(axes, own, metric, [curve.source for curve in own])
             _count_layers(axes)
         _label_outer(grid, "distance in layers", "mean over pairs of layers")
-        _add_legend(figure, grid, "", "ceiling: a dictionary from another seed")
+        _add_legend(figure, grid, "", "ceiling: another seed (matching), its own dictionary (reconstruction)")
         title = "What two layers of a model share, by the distance between them"
         figure.suptitle(_title(title, found, "pairs of layers", num_tokens, seed))
     return figure
