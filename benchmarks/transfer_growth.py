@@ -45,8 +45,8 @@ def draw_dictionary(width: int, num_features: int, seed: int) -> Dictionary:
     return Dictionary("topk", rows.T.contiguous(), zeros[0], rows, zeros[1], options={"k": K})
 
 
-def match_seconds(num_features: int, num_tokens: int, width: int | None) -> float:
-    """Both directions of a pair of layers; of one model if `width` is given."""
+def match_seconds(num_features: int, num_tokens: int, width: int | None) -> tuple[float, int]:
+    """Both directions of a pair of layers, of one model if `width` is given; and how many features fire often enough."""
     codes = [draw_codes(num_tokens, num_features, seed) for seed in (0, 1)]
     meeting = _Meeting(num_tokens)
     source = matching._Source.of(SourceFeatures.of(codes[0], meeting.source_N, MIN_COUNT), meeting, 1)
@@ -55,7 +55,7 @@ def match_seconds(num_features: int, num_tokens: int, width: int | None) -> floa
     decoders = (draw_dictionary(width, num_features, 0), draw_dictionary(width, num_features, 1)) if width else None
     started = time.perf_counter()
     matching._match_layers(source, target, decoders, 1, MIN_COUNT)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, len(live)
 
 
 class _Meeting(matching._Meeting):
@@ -94,8 +94,8 @@ def main() -> None:
     match_seconds(256, 2000, 16)  # compiles
     rows = []
     for num_features, num_tokens in ((4096, 50_000), (8192, 50_000), (16_384, 50_000), (16_384, 100_000)):
-        rows.append((num_features, num_tokens, match_seconds(num_features, num_tokens, None)))
-    wide = match_seconds(FEATURES, 50_000, 1024) - rows[2][2]
+        rows.append((num_features, num_tokens, *match_seconds(num_features, num_tokens, None)))
+    wide = match_seconds(FEATURES, 50_000, 1024)[0] - rows[2][2]
     carried = {width: reconstruction_seconds(width) for width in (256, 512, 1024)}
     by_tokens = (rows[3][2] - rows[2][2]) / 50_000
     pair = rows[2][2] + by_tokens * (TOKENS - 50_000)
@@ -110,7 +110,7 @@ def main() -> None:
     hours = {"matching": ((within + across) * pair + cosines) / cores / 3600, "reconstruction": maps / cores / 3600}
     lines = [f"`python benchmarks/transfer_growth.py --write`; one thread; {hardware_and_date()}.", ""]
     lines += ["| one pair of layers, both directions | seconds |", "|---|---|"]
-    lines += [f"| matching, {f:,} features, k {K}, {n:,} tokens | {s:.2f} |" for f, n, s in rows]
+    lines += [f"| matching, {f:,} features ({live:,} live), k {K}, {n:,} tokens | {s:.2f} |" for f, n, s, live in rows]
     lines += [f"| decoder rows of {FEATURES:,} features compared, width 1,024 | {wide:.2f} |"]
     lines += [f"| reconstruction, width {w:,}, {8 * w:,} features | {s:.2f} |" for w, s in carried.items()]
     told = {name: f"{h:.1f} h" for name, h in hours.items()}
