@@ -194,7 +194,10 @@ def _lacking(word: Literal["null", "ceiling"], curves: list[Curve], names: list[
         for name, curve in zip(names, curves, strict=True)
         if all(y is None for y in (curve.null if word == "null" else curve.ceiling))
     ]
-    reason = " (no dictionary from another seed)" if word == "ceiling" else ""
+    from_a_seed = word == "ceiling" and any(
+        curve.metric == "matching" for curve in curves
+    )  # others have theirs without, or none
+    reason = " (no dictionary from another seed)" if from_a_seed else ""
     if len(without) == len(curves):
         return f"no {word}{reason}"
     return f"no {word} for {shorten(', '.join(without), 30)}{reason}" if without else ""
