@@ -12,7 +12,8 @@
 A chain's links are correlations on one text: it says that something is carried on, not that one feature causes the next (`flow`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -35,13 +36,17 @@ class Persistence(NamedTuple):
 
     @property
     def half_life(self) -> float | None:
-        """Where S falls to one half, between two layers by a straight line; None if it stays above."""
-        below = np.flatnonzero(self.share_D <= 0.5)
-        if not len(below):
-            return None
-        after = int(below[0])
-        upper, lower = self.share_D[after - 1], self.share_D[after]
-        return float(after - 1 + (upper - 0.5) / (upper - lower))
+        """Where S falls to one half; None if it stays above."""
+        return half_life(list(range(len(self.share_D))), self.share_D.tolist())
+
+
+def half_life(x: Sequence[float], y: Sequence[float | None]) -> float | None:
+    """The x at which y first comes down to one half, on a straight line between two points; None if it never does."""
+    known = [(place, share) for place, share in zip(x, y, strict=True) if share is not None]
+    for (before, upper), (after, lower) in pairwise(known):
+        if upper > 0.5 >= lower:
+            return before + (after - before) * (upper - 0.5) / (upper - lower)
+    return None
 
 
 def find_throughlines(result: TransferResult) -> pl.DataFrame:

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 import polars as pl
 
+from throughline.analyzing.naming import most_frequent
 from throughline.analyzing.shares import Share, finite, mean
 from throughline.records import Curve, Finding, TransferResult
-
-NUM_LABELS = 5
 
 
 def describe_pair(result: TransferResult) -> tuple[list[Finding], Curve]:
@@ -157,6 +156,5 @@ def _labels(layers: list[int], mask_LF: np.ndarray, labels: pl.DataFrame | None)
         return "", Share.of(0, len(chosen))
     keys = labels.with_columns(pl.col("layer", "feature").cast(pl.Int64))
     joined = chosen.join(keys, on=["layer", "feature"])
-    counts = joined.group_by("label").len().sort(["len", "label"], descending=[True, False]).head(NUM_LABELS)
-    text = ", ".join(f"{label!r} ({count})" for label, count in counts.iter_rows())
+    text = most_frequent(joined)
     return (f" (most often {text})" if text else ""), Share.of(len(joined), len(chosen))

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 import polars as pl
 
+from throughline.analyzing.naming import most_frequent
 from throughline.analyzing.shares import Share, finite
 from throughline.records import Curve, Finding, TransferResult
 from throughline.throughlines import measure_persistence
-
-NUM_LABELS = 5
 
 
 def describe_throughlines(result: TransferResult, table: pl.DataFrame) -> tuple[Finding, Curve]:
@@ -104,12 +103,5 @@ def _labels(members: pl.DataFrame, labels: Mapping[str, pl.DataFrame]) -> str:
     joined = members.with_columns(pl.col("layer", "feature").cast(pl.Int64)).join(
         pl.concat(known), on=["model", "layer", "feature"]
     )
-    counts = (
-        joined.unique(["family", "label"])
-        .group_by("label")
-        .len()
-        .sort(["len", "label"], descending=[True, False])
-        .head(NUM_LABELS)
-    )
-    text = ", ".join(f"{label!r} ({count})" for label, count in counts.iter_rows())
+    text = most_frequent(joined.unique(["family", "label"]))
     return f", and are most often about {text}" if text else ""

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from throughline.records import TransferResult
-
-CONFIDENCE = 1.96  # standard deviations of a 95 % interval
+from throughline.throughlines import CONFIDENCE
 
 
 class Share(NamedTuple):

@@ -3,12 +3,12 @@
 In every panel a line is the value and its band the interval, dotted is the null, dashed the ceiling with its own band.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from throughline import throughlines
 from throughline.figures.style import MODEL_COLORS, MODEL_MARKERS, SMALL, new_figure, shorten, shorten_name, styled
 from throughline.records import Curve
 
@@ -102,12 +102,8 @@ def draw_persistence(curves: Sequence[Curve], *, num_tokens: int | None = None, 
 
 
 def half_life(curve: Curve) -> float | None:
-    """The x at which the curve first comes down to 0.5, on a straight line between its points; None if it never does."""
-    known = [(x, y) for x, y in zip(curve.x, curve.value, strict=True) if y is not None]
-    for (x, y), (next_x, next_y) in itertools.pairwise(known):
-        if y > 0.5 >= next_y:
-            return x + (next_x - x) * (y - 0.5) / (y - next_y)
-    return None
+    """The x at which the curve first comes down to 0.5; None if it never does."""
+    return throughlines.half_life(curve.x, curve.value)
 
 
 def _describe_half_life(curve: Curve, half: float | None) -> str:

@@ -68,13 +68,12 @@ def best_of_all_layers(correlation: np.ndarray, chance: np.ndarray) -> dict[str,
     `mppc` [Ls, F] and the place of the target layer where it is, `mppc_place` (-1: not live); by source layer [Ls] the
     `mppc_threshold` that the 99.9 % quantile of the same by chance gives, and `mppc_share`, the share of live features above it.
     """
-    highest, by_chance = (np.where(np.isnan(a), -np.inf, a).max(1) for a in (correlation, chance))
+    known, known_by_chance = (np.where(np.isnan(a), -np.inf, a) for a in (correlation, chance))
+    highest, by_chance = known.max(1), known_by_chance.max(1)
     is_live = np.isfinite(highest)
     found = {
         "mppc": np.where(is_live, highest, np.nan).astype(np.float32),
-        "mppc_place": np.where(is_live, np.where(np.isnan(correlation), -np.inf, correlation).argmax(1), -1).astype(
-            np.int32
-        ),
+        "mppc_place": np.where(is_live, known.argmax(1), -1).astype(np.int32),
         "mppc_threshold": np.full(len(highest), np.nan),
         "mppc_share": np.full(len(highest), np.nan),
     }

@@ -327,6 +327,11 @@ def _fetch(features_B: Any, values_B: Any, group: Any) -> None:
     prefetch(values_B, b + np.uint64(16))
 
 
+@njit(nogil=True, cache=True, inline="always")
+def _pearson(product: Any, num: Any, mean_u: Any, mean_v: Any, scale_u: Any, scale_v: Any) -> Any:
+    return (product / num - mean_u * mean_v) * scale_u * scale_v
+
+
 @njit(nogil=True, cache=True)
 def _relate(
     starts_U: Any,
@@ -387,11 +392,8 @@ def _relate(
             for u in range(first, last):
                 for v in range(V):
                     both = np.int64(sums[u - first, v, 1])
-                    r = (
-                        (sums[u - first, v, 0] / num_C[c] - mean_CU[c, u] * mean_CV[c, v])
-                        * scale_CU[c, u]
-                        * scale_CV[c, v]
-                    )
+                    product = sums[u - first, v, 0]
+                    r = _pearson(product, num_C[c], mean_CU[c, u], mean_CV[c, v], scale_CU[c, u], scale_CV[c, v])
                     if r > best_CU[c, u]:
                         best_CU[c, u], partner_CU[c, u], both_CU[c, u] = r, v, both
                     if r > best_CV[c, v]:
@@ -456,10 +458,7 @@ def _best_by_chance(
             begin = cuts[c]
             for u in range(first, last):
                 for v in range(V):
-                    r = (
-                        (sums[u - first, v] / num_C[c] - mean_CU[c, u] * mean_CV[c, v])
-                        * scale_CU[c, u]
-                        * scale_CV[c, v]
-                    )
+                    product = sums[u - first, v]
+                    r = _pearson(product, num_C[c], mean_CU[c, u], mean_CV[c, v], scale_CU[c, u], scale_CV[c, v])
                     best_CU[c, u] = max(best_CU[c, u], r)
                     best_CV[c, v] = max(best_CV[c, v], r)

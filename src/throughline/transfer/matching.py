@@ -57,10 +57,10 @@ class Found(NamedTuple):
     from chance, further numbers, arrays by live feature, and gates."""
 
     live: np.ndarray
-    evidence: Evidence | None = None
-    numbers: dict[str, float] = {}  # noqa: RUF012 -- empty, and stays so
-    arrays: dict[str, np.ndarray] = {}  # noqa: RUF012
-    gates: np.ndarray = np.zeros((0, 4), np.int32)
+    evidence: Evidence | None
+    numbers: dict[str, float]
+    arrays: dict[str, np.ndarray]
+    gates: np.ndarray
 
 
 class Matching:
@@ -287,7 +287,8 @@ def _match_layers(
     features, real = source.features, target.real
     U, V = len(features.features), len(real.features)
     if not U or not V:
-        return Found(features.features), Found(real.features)
+        nothing = np.zeros((0, 4), np.int32)
+        return Found(features.features, None, {}, {}, nothing), Found(real.features, None, {}, {}, nothing)
     assigned = max(U, V) <= MOST_ASSIGNED
     related = relate(features, source.moments, real, strength=STRENGTH, with_matrix=assigned)
     ways = list(zip(source.by_chance, target.by_chance, strict=False))[:num]
