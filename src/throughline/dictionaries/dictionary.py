@@ -59,6 +59,14 @@ class Dictionary:
         pre_NF = torch.addmm(self.b_enc, x_ND, self.W_enc)
         return self._activate(pre_NF, self.options, {"b_enc": self.b_enc, **self.extra})
 
+    def readers(self, features_C: Int[Tensor, "C"]) -> Float[Tensor, "C D"]:
+        """For each of these features the direction of the residual stream whose product with a change is its activation's.
+
+        That holds while the feature stays active and selected.
+        """
+        rows_CD = self.W_enc[:, features_C].T
+        return rows_CD * self.extra["r_mag"][features_C].exp()[:, None] if "r_mag" in self.extra else rows_CD
+
     def decode(self, f_NF: Float[Tensor, "N F"]) -> Float[Tensor, "N D"]:
         """Activations from features."""
         return torch.addmm(self.b_dec, f_NF, self.W_dec)

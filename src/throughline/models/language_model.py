@@ -27,7 +27,7 @@ Edit = Callable[[Tensor], Tensor]
 class ModelOutput(NamedTuple):
     """`residuals[i]` [B, T, D] is the stream after block i before any final norm, in the model's dtype."""
 
-    logits: Tensor | None  # [B, T, V] float32; [B, 1, V] with last_only; None if not asked for
+    logits: Tensor | None  # [B, T, V] float32; [B, 1, V] with last_only, [B, P, V] with `at`; None if not asked for
     residuals: dict[int, Tensor]
 
 
@@ -67,6 +67,7 @@ class LanguageModel:
         self.context: int = getattr(config, self.family.context)
         self.vocab_size = int(self._unembedding_weight().shape[0])
         self._window = _window_of(config)
+        self._suffixes: dict[int, LanguageModel] = {}
 
     def in_dtype(self, dtype: torch.dtype) -> "LanguageModel":
         """A copy whose weights are of another dtype; buffers (rotary frequencies, masks) keep theirs, as in loaded models."""
@@ -79,6 +80,21 @@ class LanguageModel:
         if dtype == torch.bfloat16 and self.device.type == "cpu":
             use_short_attention_(hf)
         return LanguageModel(self.name, hf, self.tokenizer, str(self.device))
+
+    def after(self, layer: int) -> "LanguageModel":
+        """The same model without the work of blocks 0 to `layer`, which pass on what they are given.
+
+        Run it with the stream after block `layer` put in by `edits[layer]`. Weights are shared; layers keep their numbers.
+        """
+        if layer not in self._suffixes:
+            check_layers(self.name, [layer], self.num_layers)
+            kept = list(self.structure.blocks)[layer + 1 :]
+            blocks = nn.ModuleList([*(_PassOn() for _ in range(layer + 1)), *kept])
+            suffix = copy.copy(self)
+            suffix.hf = _replace_module(self.hf, self.structure.blocks_path.split("."), blocks)
+            suffix.structure = self.structure._replace(blocks=blocks)
+            self._suffixes[layer] = suffix
+        return self._suffixes[layer]
 
     def layers(self, wanted: Literal["all"] | list[int]) -> list[int]:
         """The layers wanted, ascending, each once; InputError names the first that does not exist."""
@@ -131,12 +147,13 @@ class LanguageModel:
         edits: Mapping[int, Edit] | None = None,
         logits: bool = True,
         last_only: bool = False,
+        at: Tensor | None = None,
     ) -> ModelOutput:
         """One forward pass: the residual streams of the layers in `capture`, and the logits.
 
         `edits[i]` takes the stream after block i [B, T, D] and returns what takes its place: what the next block sees
         and what capture records. Gradients flow unless the caller says otherwise. `last_only` gives the logits of each
-        row's last token; with `logits=False` the blocks after the last captured or edited one are not computed.
+        row's last token, `at` those of some positions [P]; with `logits=False` the blocks after the last captured or edited one are not computed.
         """
         wanted, edits = set(capture), edits or {}
         residuals: dict[int, Tensor] = {}
@@ -160,7 +177,7 @@ class LanguageModel:
             for layer in sorted(wanted | set(edits)):
                 stack.enter_context(self.editing(layer, watch(layer)))
             with suppress(_Stop):
-                output = self._forward(inputs, last_only)
+                output = self._forward(inputs, 1 if last_only else 0 if at is None else at)
                 return ModelOutput(output.float() if logits else None, residuals)
         return ModelOutput(None, residuals)
 
@@ -245,12 +262,27 @@ class LanguageModel:
         mask_BTT = zeros.masked_fill(~allowed_BTT, torch.finfo(self.hf.dtype).min)
         return mask_BTT[:, None].to(self.device)
 
-    def _forward(self, inputs: Inputs, last_only: bool) -> Tensor:
-        options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1 if last_only else 0}
+    def _forward(self, inputs: Inputs, logits_to_keep: int | Tensor) -> Tensor:
+        options: dict[str, Any] = {"use_cache": False, "logits_to_keep": logits_to_keep}
         if inputs.mask is not None:
             options |= {"attention_mask": inputs.mask, "position_ids": inputs.positions}
         with quiet_transformers():
             return self.hf(input_ids=inputs.ids, **options).logits
+
+
+class _PassOn(nn.Module):
+    """A block that does nothing."""
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_options: Any) -> Tensor:
+        return hidden_states
+
+
+def _replace_module(module: Any, path: list[str], new: nn.Module) -> Any:
+    """`module` with another submodule at `path`; what lies off the path is shared, and nothing is changed in place."""
+    out = copy.copy(module)
+    out._modules = dict(module._modules)
+    out._modules[path[0]] = _replace_module(module._modules[path[0]], path[1:], new) if path[1:] else new
+    return out
 
 
 def _edited(edit: Edit, residual_BTD: Tensor) -> Tensor:

@@ -13,11 +13,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from string import Formatter
+from typing import Any
 
 import numpy as np
 
 from throughline.errors import InputError
 from throughline.records import Document, Fact
+
+Slots = dict[str, Any]  # a, b, c: int; name, other, things: str
 
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 0.1
@@ -99,12 +102,32 @@ def pose_problem(template: str, a: int, b: int, c: int = 0, name: int = 0, other
 
 def solve(prompt: str) -> str | None:
     """The right answer to a prompt of any of the templates; None if it is none of them."""
+    found = recognize(prompt)
+    return None if found is None else str(ANSWERS[found[0].operation](found[1]))
+
+
+def recognize(prompt: str) -> tuple[Template, Slots] | None:
+    """The template of a prompt and what fills its slots, numbers as int; None if it is of none."""
     for template in TEMPLATES:
         found = re.fullmatch(_expression(template), prompt.strip())
         if found:
-            slots = {name: int(value) if name in "abc" else value for name, value in found.groupdict().items()}
-            return str(ANSWERS[template.operation](slots))
+            return template, {k: int(value) if k in "abc" else value for k, value in found.groupdict().items()}
     return None
+
+
+def write_problem(template: Template, slots: Slots) -> Document:
+    """The problem with these slots, whatever its split."""
+    return _write(template, slots)
+
+
+def key_fact(template: Template, slots: Slots) -> tuple[str, int | str | bool]:
+    """What the answer turns on: what is carried, whether something is borrowed, or which of two numbers is larger."""
+    if template.operation in ("add", "add three"):
+        added = "ab" if template.operation == "add" else "abc"
+        return "carry", sum(slots[s] % 10 for s in added) // 10
+    if template.operation == "subtract":
+        return "borrow", slots["a"] % 10 < slots["b"] % 10
+    return "first is larger", slots["a"] > slots["b"]
 
 
 def _expression(template: Template) -> str:
@@ -168,7 +191,7 @@ def _write(template: Template, slots: dict) -> Document:
     answer = ANSWERS[template.operation](slots)
     text += f" {answer}"
     decided = (last_number_end - 1, len(text))
-    facts += [Fact(name, value, *decided) for name, value in _consequences(template.operation, slots, answer)]
+    facts += [Fact(name, value, *decided) for name, value in _consequences(template, slots, answer)]
     facts.append(Fact("first is larger", numbers[0] > numbers[1], *decided))
     if isinstance(answer, int):
         facts += _digit_facts("written answer", answer, prompt_end + 1)
@@ -186,14 +209,10 @@ def _digit_facts(name: str, number: int, start: int) -> list[Fact]:
     ]
 
 
-def _consequences(operation: str, slots: dict, answer: int | str) -> list[tuple[str, int | str | bool]]:
+def _consequences(template: Template, slots: dict, answer: int | str) -> list[tuple[str, int | str | bool]]:
     """What is settled once the last operand is read: carry or borrow, and the digits of the answer."""
-    facts: list[tuple[str, int | str | bool]] = []
-    if operation in ("add", "add three"):
-        units = sum(slots[s] % 10 for s in ("ab" if operation == "add" else "abc"))
-        facts.append(("carry", units // 10))
-    if operation == "subtract":
-        facts.append(("borrow", slots["a"] % 10 < slots["b"] % 10))
+    key = key_fact(template, slots)
+    facts: list[tuple[str, int | str | bool]] = [] if key[0] == "first is larger" else [key]
     if isinstance(answer, int):
         facts += [(f"answer {place}", int(digit)) for place, digit in zip(PLACES, reversed(str(answer)), strict=False)]
     else:
