@@ -30,8 +30,9 @@ from throughline.run_dir import RunDir, digest_key
 from throughline.session import Session
 from throughline.study import ModelSpec, Study
 from throughline.text import read_documents
+from throughline.throughlines import find_throughlines
 from throughline.tokens import encode_prompt, take_documents
-from throughline.tracing import TraceInputs, check_prompt, trace_prompt
+from throughline.tracing import TraceInputs, TraceOptions, check_prompt, trace_prompt
 from throughline.zoo.texts import solve
 
 # ---- train
@@ -299,7 +300,9 @@ class _Side:
 # ---- trace and compare
 
 
-def trace(session: Session, prompt: str, model: str | None, force: bool = False) -> Trace:
+def trace(
+    session: Session, prompt: str, model: str | None, force: bool = False, options: TraceOptions | None = None
+) -> Trace:
     """One prompt in one model; saved in the run."""
     check_prompt(prompt)
     name = session.study.model(model).name
@@ -314,16 +317,27 @@ def trace(session: Session, prompt: str, model: str | None, force: bool = False)
             session.dictionaries(name),
             features,
             labels,
+            _throughlines(session, name),
             seed=session.study.training.seed,
             forced=session.run.info().forced,
         ),
         prompt,
-        num_features=session.study.trace.features,
-        most_answer_tokens=session.study.trace.answer_tokens,
+        options or trace_options(session.study),
         expected=solve(prompt),
     )
     session.run.write_trace(found)
     return found
+
+
+def trace_options(study: Study) -> TraceOptions:
+    """The study's own way of tracing."""
+    return TraceOptions(num_features=study.trace.features, most_answer_tokens=study.trace.answer_tokens)
+
+
+def _throughlines(session: Session, name: str) -> pl.DataFrame | None:
+    """Which features go on from layer to layer; None where matching has not been run."""
+    done = {(info.metric, info.source, info.target) for info in session.run.transfers()}
+    return find_throughlines(session.run.transfer("matching", name, name)) if ("matching", name, name) in done else None
 
 
 def compare(session: Session, prompt: str, models: list[str] | None = None, force: bool = False) -> Comparison:

@@ -286,7 +286,9 @@ class Chain(Record):
     measured: float | None
     effect_together: float | None  # change of that target's score when all features of the chain are off at once
     answer_if_off: str | None  # the answer then
-    num_alternatives: int  # other paths to this target, mostly through the same features, of at least ALIKE of its strength
+    num_alternatives: (
+        int  # other paths to this target, mostly through the same features, of at least ALIKE of its strength
+    )
 
 
 class Agreement(Record):
@@ -296,7 +298,9 @@ class Agreement(Record):
     num: int
     pearson: float | None
     slope: float | None
-    sign: float | None  # share of the same sign, among effects above 2 % of the answer score (nodes) or of the largest (edges)
+    sign: (
+        float | None
+    )  # share of the same sign, among effects above 2 % of the answer score (nodes) or of the largest (edges)
     num_signed: int
     shuffled: float | None  # Pearson with the predictions in random order: the null
 

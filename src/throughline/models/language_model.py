@@ -153,7 +153,8 @@ class LanguageModel:
 
         `edits[i]` takes the stream after block i [B, T, D] and returns what takes its place: what the next block sees
         and what capture records. Gradients flow unless the caller says otherwise. `last_only` gives the logits of each
-        row's last token, `at` those of some positions [P]; with `logits=False` the blocks after the last captured or edited one are not computed.
+        row's last token, `at` those of some positions [P]; with `logits=False` the blocks after the last captured or
+        edited one are not computed.
         """
         wanted, edits = set(capture), edits or {}
         residuals: dict[int, Tensor] = {}

@@ -1,16 +1,18 @@
-"""What a model answers, and how clearly: the quantity every effect in a trace is measured on.
+"""What a model answers, and how clearly: the quantities every effect in a trace is measured on.
 
-    score = mean over answer tokens of  logit(token) - logit(runner-up)
+Each token of the answer that is more than white space is a target (all of them, if none is), with the score
 
-each at the position before the token, with the answer so far given. Tokens that are only white space say nothing about the
-answer and are left out, unless there are no others. Runner-ups are those of the undisturbed run.
+    logit(token) - logit(other)      read at the position before the token, with the answer so far given
+
+The other is the runner-up of the undisturbed run, or the token that a counterfactual prompt makes the model say there. The
+answer score is the mean over targets.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from throughline.errors import InputError
@@ -27,20 +29,30 @@ class Answer:
     answer_ids: list[int]
     complete: bool
     probability: float
-    places_C: Int[Tensor, "C"]  # positions whose logits are read
+    read_P: Int[Tensor, "P"]  # positions whose logits are read: the prompt's last token and those of the answer
+    targets_C: Int[Tensor, "C"]  # numbers in read_P of the positions at which the contested tokens are decided
     tokens_C: Int[Tensor, "C"]
-    runners_up_C: Int[Tensor, "C"]
+    against_C: Int[Tensor, "C"]
+    probabilities_C: Float[Tensor, "C"]  # of each contested token, given those before it
 
     @property
     def ids(self) -> list[int]:
         """Prompt and answer."""
         return self.prompt_ids + self.answer_ids
 
-    def score(self, logits_BTV: Float[Tensor, "B T V"]) -> Float[Tensor, "B"]:
-        """The answer score of each sequence of a batch."""
-        at_BCV = logits_BTV[:, self.places_C]
-        tokens, runners_up = (t[None, :, None].expand(len(at_BCV), -1, 1) for t in (self.tokens_C, self.runners_up_C))
-        return (at_BCV.gather(2, tokens) - at_BCV.gather(2, runners_up)).squeeze(2).mean(1)
+    def scores(self, logits_BPV: Float[Tensor, "B P V"]) -> Float[Tensor, "B C"]:
+        """The score of each target in each sequence of a batch, from the logits at `read_P`."""
+        at_BCV = logits_BPV[:, self.targets_C]
+        tokens, others = (t[None, :, None].expand(len(at_BCV), -1, 1) for t in (self.tokens_C, self.against_C))
+        return (at_BCV.gather(2, tokens) - at_BCV.gather(2, others)).squeeze(2)
+
+    def keeps(self, logits_BPV: Float[Tensor, "B P V"]) -> Bool[Tensor, "B"]:
+        """Whether every target's token is preferred to all others."""
+        return (logits_BPV[:, self.targets_C].argmax(2) == self.tokens_C).all(1)
+
+    def against(self, others_C: Int[Tensor, "C"]) -> "Answer":
+        """The same answer held against other tokens."""
+        return replace(self, against_C=others_C)
 
 
 @torch.no_grad()
@@ -53,55 +65,55 @@ def find_answer(model: LanguageModel, prompt_ids: list[int], most_tokens: int) -
         )
     most_tokens = min(most_tokens, room)
     answer_ids = model.generate(prompt_ids, most_tokens)
-    ids = torch.tensor([prompt_ids + answer_ids])
-    logits_TV = _logits(model, ids)[0]
-    last = int(logits_TV[-1].argmax())
+    read_P = torch.arange(len(prompt_ids) - 1, len(prompt_ids) + len(answer_ids), device=model.device)
+    log_p_PV = read_logits(model, prompt_ids + answer_ids, read_P)[0].log_softmax(-1)
+    last = int(log_p_PV[-1].argmax())
     complete = len(answer_ids) < most_tokens or last in model.end_ids
     said = answer_ids or [last]  # a model that ends the text at once chose the end
-    places = torch.arange(len(prompt_ids) - 1, len(prompt_ids) - 1 + len(said))
-    tokens = torch.tensor(said)
-    log_p = logits_TV[places.to(logits_TV.device)].log_softmax(-1).cpu()
-    probability = float(log_p[torch.arange(len(tokens)), tokens].sum().exp())
-    runners_up = log_p.scatter(1, tokens[:, None], -torch.inf).argmax(1)
+    tokens = torch.tensor(said, device=model.device)
+    places = torch.arange(len(said), device=model.device)
+    of_tokens = log_p_PV[places, tokens]
+    runners_up = log_p_PV[places].scatter(1, tokens[:, None], -torch.inf).argmax(1)
     contested = [bool(model.tokenizer.decode([t]).strip()) for t in said]
-    keep = torch.tensor(contested if any(contested) else [True] * len(contested))
-    device = model.device
+    keep = torch.tensor(contested if any(contested) else [True] * len(contested), device=model.device)
     return Answer(
         prompt_ids,
         answer_ids,
         complete,
-        probability,
-        places[keep].to(device),
-        tokens[keep].to(device),
-        runners_up[keep].to(device),
+        float(of_tokens.sum().exp()),
+        read_P,
+        places[keep],
+        tokens[keep],
+        runners_up[keep],
+        of_tokens[keep].exp(),
     )
 
 
 @torch.no_grad()
-def answer_under(model: LanguageModel, answer: Answer, logits_TV: Tensor, edits: Mapping[int, Edit]) -> list[int]:
-    """What the model says when edited, given the logits of its edited run over prompt and answer.
+def answer_under(model: LanguageModel, answer: Answer, preferred: list[int], edits: Mapping[int, Edit]) -> list[int]:
+    """What the model says when edited, given the tokens that its edited run over prompt and answer prefers at `read_P`.
 
     Where the edited run agrees with the answer it is kept; from the first token that differs, the end of the text included,
     the model goes on by itself, for two tokens more than the answer has at most.
     """
     first, whole = len(answer.prompt_ids) - 1, len(answer.answer_ids)
-    said = logits_TV[first:].argmax(-1).tolist()  # one token for each of the answer, and what follows it
-    agreed = next((i for i in range(whole) if said[i] != answer.answer_ids[i]), whole)
+    agreed = next((i for i in range(whole) if preferred[i] != answer.answer_ids[i]), whole)
     if agreed == whole and not answer.complete:
         return answer.answer_ids
     ends, ids = model.end_ids, answer.ids[: first + 1 + agreed]
     most = min(model.context, len(answer.ids) + 2)
-    token = said[agreed]
+    token = preferred[agreed]
     while token not in ends and len(ids) < most:
         ids.append(token)
-        logits = model.run(model.inputs(torch.tensor([ids])), edits=edits).logits
+        logits = model.run(model.inputs(torch.tensor([ids])), edits=edits, last_only=True).logits
         assert logits is not None
         token = int(logits[0, -1].argmax())
     return ids[first + 1 :]
 
 
-def _logits(model: LanguageModel, ids_BT: Tensor) -> Tensor:
-    logits = model.run(model.inputs(ids_BT)).logits
+def read_logits(model: LanguageModel, ids: list[int], read_P: Tensor) -> Float[Tensor, "1 P V"]:
+    """The logits of a text at some positions."""
+    logits = model.run(model.inputs(torch.tensor([ids])), at=read_P).logits
     assert logits is not None
     return logits
 

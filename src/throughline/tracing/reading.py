@@ -1,45 +1,53 @@
-"""Read one prompt layer by layer: which features are active, and what the answer owes to each.
+"""Read one prompt layer by layer: which features are active, what passes between layers, and what the answer owes to each.
 
-    1. the model answers; score = answer logit minus runner-up's (see `answer`)
-    2. one backward pass gives d score / d x at every layer and position
-    3. node = (layer, position, feature), active there; predicted effect = (off - activation) * gradient . decoder row
-    4. the nodes with the largest predicted effects are shown, and each is switched off in the real model; as many nodes
-       drawn at random are switched off too, as the control
-
-"Off" is the feature's mean over held-out tokens at the same kind of position (a number in the question, a space before the
-answer, …): zero would be a state the model never sees. Plain gradients predict such interventions best (measured: r 0.97;
-frozen attention and norms 0.7 to 0.9).
+1. the model answers; every token of the answer is a target (`answer`)
+2. "off" is settled: a counterfactual prompt, the mean at the same kind of position, or zero (`baselines`)
+3. the graph: predicted effects of all nodes on the targets, and edges between those that matter (`graph`, `linearizing`)
+4. the nodes of largest influence are shown, and the strongest chains of them (`chains`)
+5. verification: every shown node is switched off in the real model, as is a random one beside it; edges, chains and the
+   faithfulness of the most influential nodes are measured too (`interventions`, `verifying`, `faithfulness`)
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.models import LanguageModel
-from throughline.records import PARTS, TOKEN_KINDS, ActiveFeature, Label, LayerReading, Token, Trace, role_of
-from throughline.tokens import encode_prompt, kind_of_text
-from throughline.tracing.answer import Answer, answer_under, find_answer, spell
+from throughline.records import ActiveFeature, Label, LayerReading, Place, Target, Trace, TraceEdge, Verification
+from throughline.tokens import encode_prompt
+from throughline.tracing.answer import find_answer, spell
+from throughline.tracing.baselines import Baseline, OffKind, find_baseline
+from throughline.tracing.faithfulness import measure_faithfulness
+from throughline.tracing.graph import Graph, LayerNodes, build_graph, measure_scores
+from throughline.tracing.interventions import Effects, Nodes, answers_if_off, clean_scores, switch_off
+from throughline.tracing.linearizing import Linearization
+from throughline.tracing.telling import tell_chains
+from throughline.tracing.texts import Subject, find_subject
+from throughline.tracing.verifying import NOTICEABLE, agree, draw_controls, split_edges
 
-BATCH = 64
-OFF = "its mean activation over held-out tokens of the same kind ({}) in the same part of the text ({})"
 NUM_LABELLED = 2  # labelled features shown beyond the most influential ones
 SURE = 0.9  # F1 from which a label is preferred there
 
 
 @dataclass(frozen=True)
 class TraceInputs:
-    """What a trace is made with: the model, its dictionaries, and the tables of features and of labels that reached the bar."""
+    """What a trace is made with: the model, its dictionaries, and the tables of features and of labels that reached the bar.
+
+    `throughlines` (columns layer, feature, throughline, birth, death) is None where the run has none.
+    """
 
     model: LanguageModel
     dictionaries: dict[int, Dictionary]
     features: pl.DataFrame
     labels: pl.DataFrame
+    throughlines: pl.DataFrame | None = None
     seed: int = 0
     forced: bool = False
 
@@ -48,232 +56,312 @@ class TraceInputs:
         column = self.features.filter(pl.col("layer") == layer).sort("feature")["role_means"]
         return np.array(column.to_list())
 
+    @cached_property
+    def _labels(self) -> dict[int, dict[int, dict[str, Any]]]:
+        found: dict[int, dict[int, dict[str, Any]]] = {}
+        for row in self.labels.iter_rows(named=True):
+            found.setdefault(row["layer"], {})[row["feature"]] = row
+        return found
+
     def labels_of(self, layer: int) -> dict[int, dict[str, Any]]:
         """The label row of each feature of a layer that has one. It speaks only of activations above its threshold."""
-        return {row["feature"]: row for row in self.labels.filter(pl.col("layer") == layer).iter_rows(named=True)}
+        return self._labels.get(layer, {})
+
+    @cached_property
+    def top_tokens(self) -> dict[tuple[int, int], list[str]]:
+        """By layer and feature."""
+        columns = (self.features[c].to_list() for c in ("layer", "feature", "top_tokens"))
+        return {(layer, feature): tokens for layer, feature, tokens in zip(*columns, strict=True)}
+
+    def name_step(self, places: Sequence[Place], activations: Mapping[Place, float]) -> str:
+        """Words for the features of one step of a chain: the first label that speaks, or the first feature's top tokens."""
+        for place in places:
+            label = find_label(self, place[0], place[2], activations[place])
+            if label is not None:
+                return label.text
+        tokens = self.top_tokens.get((places[0][0], places[0][2]), [])
+        return "unlabelled: " + ", ".join(map(repr, tokens[:3]))
+
+    @cached_property
+    def lives(self) -> dict[tuple[int, int], tuple[int, int, int]]:
+        """By layer and feature: number, birth and death of its throughline."""
+        if self.throughlines is None:
+            return {}
+        rows = self.throughlines.select("layer", "feature", "throughline", "birth", "death").iter_rows()
+        return {(layer, feature): rest for layer, feature, *rest in rows}  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
-class _Node:
-    layer: int
-    position: int
-    feature: int
-    activation: float
-    off_value: float
-    predicted: float
+class TraceOptions:
+    """How a prompt is traced."""
+
+    num_features: int = 6  # shown per layer
+    most_answer_tokens: int = 8
+    off: OffKind | None = None  # None: a counterfactual where one can be made, or else the mean
+    against: str | None = None  # a counterfactual prompt
+    linearization: Linearization = "plain"
+    share: float = 0.8  # of each layer's influence that the kept nodes carry
+    most_nodes: int = 24  # kept per layer
+    num_chains: int = 3  # per target
+    verify: bool = True
 
 
-def trace_prompt(
-    inputs: TraceInputs,
-    prompt: str,
-    *,
-    num_features: int,
-    most_answer_tokens: int,
-    expected: str | None = None,
-) -> Trace:
-    """The layered reading of `prompt`, with the measured effect of every shown feature.
+@dataclass(frozen=True)
+class Shown:
+    """A layer's shown nodes (numbers in its nodes), the random ones beside them, and their effects; none if not verified."""
 
-    Special tokens are not read. Raises InputError if the prompt is empty or does not fit the model's context.
+    numbers: torch.Tensor
+    controls: torch.Tensor
+    effects: Effects | None = None
+    answers: list[str] = field(default_factory=list)
+
+
+def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expected: str | None = None) -> Trace:
+    """The layered reading of `prompt`.
+
+    Special tokens are not read. Raises InputError if the prompt is empty or does not fit the model's context, or if the baseline
+    asked for cannot be had.
     """
     model = inputs.model
     check_prompt(prompt)
     tokens = encode_prompt(model.tokenizer, prompt)
-    answer = find_answer(model, [t.id for t in tokens], most_answer_tokens)
-    answer_text = spell(model, answer.prompt_ids, answer.answer_ids)
-    shown, roles = _with_answer(model, prompt, tokens, answer)
-    residuals, gradients, score = _differentiate(inputs, answer)
-    rng = np.random.default_rng([inputs.seed, *prompt.encode()])
-    nodes, controls, readings = {}, {}, []
-    for layer, dictionary in inputs.dictionaries.items():
-        active = _active_nodes(inputs, layer, dictionary, residuals[layer], gradients[layer], roles)
-        nodes[layer] = _choose(active, inputs.labels_of(layer), num_features)
-        picks = rng.choice(len(active), size=min(len(nodes[layer]), len(active)), replace=False)
-        controls[layer] = [active[i] for i in picks]
-    measured = {layer: _switch_off(inputs, answer, nodes[layer] + controls[layer], score) for layer in nodes}
-    for layer, dictionary in inputs.dictionaries.items():
-        effects, answers = measured[layer]
-        features = [_describe(inputs, node, effects[i], answers[i]) for i, node in enumerate(nodes[layer])]
-        readings.append(_layer_reading(inputs, answer, layer, dictionary, residuals[layer], roles, features, score))
-    random_effects = [abs(e) for layer in nodes for e in measured[layer][0][len(nodes[layer]) :]]
-    flat = [f for reading in readings for f in reading.features]
+    answer = find_answer(model, [t.id for t in tokens], options.most_answer_tokens)
+    subject = find_subject(model, inputs.dictionaries, prompt, tokens, answer)
+    baseline = find_baseline(subject, options.off, options.against, inputs.role_means)
+    if baseline.others_C is not None:
+        subject = subject.held_against(baseline.others_C)
+    graph = build_graph(subject, baseline, options.linearization, options.share, options.most_nodes)
+    shown = _choose_shown(inputs, subject, graph, options)
+    if options.verify:
+        shown = {layer: _measure(subject, graph, layer, mine) for layer, mine in shown.items()}
+    scores = clean_scores(subject)
+    text = spell(model, answer.prompt_ids, answer.answer_ids)
     return Trace(
         model=model.name,
         prompt=prompt,
-        tokens=[(token.id, token.text, token.start, token.end) for token in shown],
+        tokens=[(token.id, token.text, token.start, token.end) for token in subject.tokens],
         num_prompt_tokens=len(tokens),
-        answer=answer_text.strip(),
+        answer=text.strip(),
         answer_probability=answer.probability,
         complete=answer.complete,
         expected=expected,
-        correct=None if expected is None else answer_text.strip() == expected,
-        score=score,
-        runner_up=model.tokenizer.decode([int(answer.runners_up_C[0])]).strip(),
-        off=OFF.format(", ".join(TOKEN_KINDS), ", ".join(PARTS)),
-        layers=readings,
-        num_verified=len(flat),
-        prediction_r=_pearson([f.predicted_effect for f in flat], [f.effect for f in flat]),
-        random_effect=float(np.mean(random_effects)) if random_effects else 0.0,
+        correct=None if expected is None else text.strip() == expected,
+        score=float(np.mean(scores)),
+        targets=_targets(subject, scores),
+        off_kind=baseline.kind,
+        off=baseline.words,
+        against=baseline.prompt,
+        linearization=options.linearization,
+        layers=[_read_layer(inputs, subject, graph, layer, shown[layer]) for layer in subject.layers],
+        edges=_list_edges(graph, shown),
+        chains=tell_chains(inputs, subject, graph, options.num_chains, options.verify),
+        verification=_verify(inputs, subject, baseline, graph, shown) if options.verify else None,
         forced=inputs.forced,
-        notes=_notes(answer, answer_text, expected),
+        notes=_notes(subject, text, expected),
     )
 
 
-def _with_answer(
-    model: LanguageModel, prompt: str, tokens: list[Token], answer: Answer
-) -> tuple[list[Token], np.ndarray]:
-    """Tokens of prompt and answer with the characters they cover, and the role of each (-1: special, not read).
-
-    The answer's part begins with the last token of the prompt, where the answer is decided, as in `Codes`.
-    """
-    shown, text = list(tokens), prompt
-    last = max(token.end for token in tokens)
-    roles = [role_of(kind_of_text(prompt[t.start : t.end]), t.end == last) if t.end > t.start else -1 for t in tokens]
-    for i in range(len(answer.answer_ids)):
-        so_far = prompt + spell(model, answer.prompt_ids, answer.answer_ids[: i + 1])
-        piece = so_far[len(text) :]
-        shown.append(Token(answer.answer_ids[i], piece, len(text), len(so_far)))
-        roles.append(role_of(kind_of_text(piece), True))
-        text = so_far
-    return shown, np.array(roles)
-
-
-def _choose(active: list[_Node], labels: dict[int, dict[str, Any]], num_features: int) -> list[_Node]:
-    """The nodes with the largest predicted effects; then labelled ones, surely labelled first, one per feature."""
-    ranked = sorted(active, key=lambda node: -abs(node.predicted))
-    chosen = ranked[:num_features]
-    shown = {node.feature for node in chosen}
-    labelled = [node for node in ranked if _speaks(labels.get(node.feature), node)]
-    for node in sorted(labelled, key=lambda node: labels[node.feature]["f1"] < SURE):
-        if len(chosen) < num_features + NUM_LABELLED and node.feature not in shown:
-            chosen.append(node)
-            shown.add(node.feature)
-    return chosen
+def _choose_shown(inputs: TraceInputs, subject: Subject, graph: Graph, options: TraceOptions) -> dict[int, Shown]:
+    """Nodes with the largest predicted effects; then labelled ones, surely labelled first, one per feature."""
+    rng = np.random.default_rng([inputs.seed, *subject.prompt.encode()])
+    shown = {}
+    for layer, mine in graph.layers.items():
+        labels, nodes = inputs.labels_of(layer), mine.nodes
+        order = mine.influence_N.argsort(descending=True, stable=True).tolist()
+        features, own = nodes.features_N.tolist(), nodes.own_N.tolist()
+        chosen = order[: options.num_features]
+        there = {features[i] for i in chosen}
+        labelled = [i for i in order if _speaks(labels.get(features[i]), own[i])]
+        for i in sorted(labelled, key=lambda i: labels[features[i]]["f1"] < SURE):
+            if len(chosen) < options.num_features + NUM_LABELLED and features[i] not in there:
+                chosen.append(i)
+                there.add(features[i])
+        numbers = torch.tensor(chosen, dtype=torch.long, device=nodes.features_N.device)
+        controls = draw_controls(subject, nodes, numbers, rng) if options.verify else numbers[:0]
+        shown[layer] = Shown(numbers, controls)
+    return shown
 
 
-def _speaks(label: dict[str, Any] | None, node: _Node) -> bool:
-    return label is not None and node.activation > label["threshold"]
+def _speaks(label: dict[str, Any] | None, activation: float) -> bool:
+    return label is not None and activation > label["threshold"]
 
 
-def _differentiate(inputs: TraceInputs, answer: Answer) -> tuple[dict[int, Tensor], dict[int, Tensor], float]:
-    """Residual stream and gradient of the score at every layer, [T, D], by one backward pass."""
-    model, layers = inputs.model, list(inputs.dictionaries)
-    shape = (1, len(answer.ids), model.d_model)
-    nudges = {layer: torch.zeros(shape, device=model.device, requires_grad=True) for layer in layers}
-    edits = {layer: (lambda x, nudge=nudge: x + nudge) for layer, nudge in nudges.items()}
-    with torch.enable_grad():
-        output = model.run(model.inputs(torch.tensor([answer.ids])), capture=layers, edits=edits)
-        assert output.logits is not None
-        score = answer.score(output.logits)[0]
-        gradients = torch.autograd.grad(score, list(nudges.values()))
-    residuals = {layer: output.residuals[layer][0].detach().float() for layer in layers}
-    return residuals, {layer: g[0] for layer, g in zip(layers, gradients, strict=True)}, float(score.detach())
+def _measure(subject: Subject, graph: Graph, layer: int, shown: Shown) -> Shown:
+    nodes = graph.layers[layer].nodes.select(torch.cat([shown.numbers, shown.controls]))
+    effects = switch_off(subject, nodes, _next_kept(subject, graph, layer))
+    mine = graph.layers[layer].nodes.select(shown.numbers)
+    return Shown(shown.numbers, shown.controls, effects, answers_if_off(subject, mine, effects.preferred_NP))
 
 
-def _active_nodes(
-    inputs: TraceInputs, layer: int, dictionary: Dictionary, x_TD: Tensor, gradient_TD: Tensor, roles: np.ndarray
-) -> list[_Node]:
-    f_TF = dictionary.encode(x_TD)
-    along_TF = gradient_TD @ dictionary.W_dec.T
-    means, nodes = inputs.role_means(layer), []
-    for position, feature in (f_TF > 0).nonzero().tolist():
-        if roles[position] < 0:
-            continue
-        activation = float(f_TF[position, feature])
-        off = float(means[feature, roles[position]])
-        predicted = (off - activation) * float(along_TF[position, feature])
-        nodes.append(_Node(layer, position, feature, activation, off, predicted))
-    return nodes
+def _next_kept(subject: Subject, graph: Graph, layer: int) -> Nodes | None:
+    following = [other for other in subject.layers if other > layer][:1]
+    return graph.layers[following[0]].kept if following else None
 
 
 @torch.no_grad()
-def _switch_off(inputs: TraceInputs, answer: Answer, nodes: list[_Node], score: float) -> tuple[list[float], list[str]]:
-    """The measured change of the score, and the answer given, with each node of one layer off; many in one forward pass."""
-    model, effects, answers = inputs.model, [], []
-    for start in range(0, len(nodes), BATCH):
-        batch = nodes[start : start + BATCH]
-        changes = [_change(inputs, node) for node in batch]
-        positions = torch.tensor([node.position for node in batch], device=model.device)
-        rows = torch.arange(len(batch), device=model.device)
-
-        def edit(x_BTD: Tensor, rows=rows, positions=positions, changes=changes) -> Tensor:
-            out = x_BTD.clone()
-            out[rows, positions] += torch.stack(changes).to(out.dtype)
-            return out
-
-        ids = torch.tensor([answer.ids] * len(batch))
-        logits = model.run(model.inputs(ids), edits={batch[0].layer: edit}).logits
-        assert logits is not None
-        effects += (answer.score(logits) - score).tolist()
-        for row, (node, change) in enumerate(zip(batch, changes, strict=True)):
-
-            def one(x_BTD: Tensor, node=node, change=change) -> Tensor:
-                out = x_BTD.clone()
-                out[:, node.position : node.position + 1] += change.to(out.dtype)  # nothing, before the text gets there
-                return out
-
-            said = answer_under(model, answer, logits[row], {node.layer: one})
-            answers.append(spell(model, answer.prompt_ids, said).strip())
-    return effects, answers
-
-
-def _change(inputs: TraceInputs, node: _Node) -> Tensor:
-    return (node.off_value - node.activation) * inputs.dictionaries[node.layer].W_dec[node.feature]
-
-
-@torch.no_grad()
-def _layer_reading(
-    inputs: TraceInputs,
-    answer: Answer,
-    layer: int,
-    dictionary: Dictionary,
-    x_TD: Tensor,
-    roles: np.ndarray,
-    features: list[ActiveFeature],
-    score: float,
-) -> LayerReading:
-    read = torch.from_numpy(roles >= 0).to(x_TD.device)
-    f_TF = dictionary.encode(x_TD[read])
-    x_hat_TD = dictionary.decode(f_TF)
-    variance = float((x_TD[read] - x_TD[read].mean(0)).square().sum())
-
-    def reconstruct(x_BTD: Tensor) -> Tensor:
-        out = x_BTD.clone()
-        out[0, read] = x_hat_TD.to(out.dtype)
-        return out
-
-    logits = inputs.model.run(inputs.model.inputs(torch.tensor([answer.ids])), edits={layer: reconstruct}).logits
-    assert logits is not None
+def _read_layer(inputs: TraceInputs, subject: Subject, graph: Graph, layer: int, shown: Shown) -> LayerReading:
+    kept_T, x_TD = subject.kept_T, subject.clean.x[layer][subject.kept_T]
+    error_TD, f_TF = subject.clean.errors[layer][kept_T], subject.clean.features[layer][kept_T]
+    variance = float((x_TD - x_TD.mean(0)).square().sum())
     return LayerReading(
         layer=layer,
-        features=features,
+        features=[_describe(inputs, graph.layers[layer], i, shown) for i in range(len(shown.numbers))],
         num_active=float((f_TF > 0).sum(1).float().mean()),
-        fvu=float((x_TD[read] - x_hat_TD).square().sum()) / max(variance, 1e-12),
-        error_effect=float(answer.score(logits)[0]) - score,
+        num_nodes=len(graph.layers[layer].nodes),
+        fvu=float(error_TD.square().sum()) / max(variance, 1e-12),
+        error_effect=None if shown.effects is None else _measure_error(subject, layer),
     )
 
 
-def _describe(inputs: TraceInputs, node: _Node, effect: float, answer_if_off: str) -> ActiveFeature:
-    row = inputs.labels_of(node.layer).get(node.feature)
-    label = None
-    if row is not None and _speaks(row, node):
-        label = Label(text=row["label"], **{name: row[name] for name in Label.model_fields if name != "text"})
-    here = (pl.col("layer") == node.layer) & (pl.col("feature") == node.feature)
+@torch.no_grad()
+def _measure_error(subject: Subject, layer: int) -> float:
+    """Change of the answer score when the reconstruction takes the place of the stream."""
+    x_TD = subject.clean.x[layer] - subject.clean.errors[layer] * subject.kept_T[:, None]
+    suffix = subject.model.after(layer)
+    inputs = suffix.inputs(torch.tensor([subject.answer.ids]))
+    logits = suffix.run(inputs, edits={layer: lambda _: x_TD[None]}, at=subject.answer.read_P).logits
+    assert logits is not None
+    return float(subject.answer.scores(logits).mean()) - float(np.mean(clean_scores(subject)))
+
+
+def _describe(inputs: TraceInputs, layer: LayerNodes, i: int, shown: Shown) -> ActiveFeature:
+    nodes, number = layer.nodes, int(shown.numbers[i])
+    feature, own = int(nodes.features_N[number]), float(nodes.own_N[number])
+    effects = [] if shown.effects is None else shown.effects.scores_NC[i].tolist()
+    predicted = layer.predicted_NC[number].tolist()
+    life = inputs.lives.get((nodes.layer, feature))
     return ActiveFeature(
-        layer=node.layer,
-        position=node.position,
-        feature=node.feature,
-        activation=node.activation,
-        off_value=node.off_value,
-        effect=effect,
-        predicted_effect=node.predicted,
-        answer_if_off=answer_if_off,
-        label=label,
-        top_tokens=inputs.features.filter(here)["top_tokens"].to_list()[0],
+        layer=nodes.layer,
+        position=int(nodes.positions_N[number]),
+        feature=feature,
+        activation=own,
+        off_value=float(nodes.off_N[number]),
+        effect=float(np.mean(effects)) if effects else None,
+        predicted_effect=float(np.mean(predicted)),
+        effects=effects,
+        predicted_effects=predicted,
+        answer_if_off=shown.answers[i] if shown.answers else None,
+        label=find_label(inputs, nodes.layer, feature, own),
+        top_tokens=inputs.top_tokens.get((nodes.layer, feature), []),
+        lifetime=None if life is None else (life[1], life[2]),
     )
 
 
-def _notes(answer: Answer, text: str, expected: str | None) -> list[str]:
-    notes = []
+def find_label(inputs: TraceInputs, layer: int, feature: int, activation: float) -> Label | None:
+    """The feature's label, if it has one that speaks of so large an activation."""
+    row = inputs.labels_of(layer).get(feature)
+    if row is None or not _speaks(row, activation):
+        return None
+    return Label(text=row["label"], **{name: row[name] for name in Label.model_fields if name != "text"})
+
+
+def _list_edges(graph: Graph, shown: Mapping[int, Shown]) -> list[TraceEdge]:
+    """Edges from shown nodes to shown nodes of the next layer, with what was measured."""
+    edges = []
+    for layer, boundary in graph.boundaries.items():
+        below, above = graph.layers[layer], graph.layers[_after(graph, layer)]
+        column = {int(n): i for i, n in enumerate(below.kept_M)}
+        row = {int(n): i for i, n in enumerate(above.kept_M)}
+        wanted = [n for n in shown[above.nodes.layer].numbers.tolist() if n in row and above.nodes.own_N[n] > 0]
+        for i, source in enumerate(shown[layer].numbers.tolist()):
+            for target in wanted if source in column else []:
+                if below.nodes.positions_N[source] > above.nodes.positions_N[target]:
+                    continue
+                step = float(below.nodes.off_N[source] - below.nodes.own_N[source])
+                effects = shown[layer].effects
+                edges.append(
+                    TraceEdge(
+                        source=_place(below.nodes, source),
+                        target=_place(above.nodes, target),
+                        predicted=step * float(boundary.per_unit[row[target], column[source]]),
+                        measured=None if effects is None else float(effects.linear_NM[i, row[target]]),
+                        measured_activation=None if effects is None else float(effects.activation_NM[i, row[target]]),
+                    )
+                )
+    return edges
+
+
+def _after(graph: Graph, layer: int) -> int:
+    return min(other for other in graph.layers if other > layer)
+
+
+def _place(nodes: Nodes, number: int) -> tuple[int, int, int]:
+    return nodes.layer, int(nodes.positions_N[number]), int(nodes.features_N[number])
+
+
+def _verify(
+    inputs: TraceInputs, subject: Subject, baseline: Baseline, graph: Graph, shown: Mapping[int, Shown]
+) -> Verification:
+    predicted, measured, random_predicted, random_measured = [], [], [], []
+    for layer, mine in shown.items():
+        assert mine.effects is not None
+        effects, n = mine.effects.scores_NC.cpu().numpy(), len(mine.numbers)
+        both = graph.layers[layer].predicted_NC[torch.cat([mine.numbers, mine.controls])].cpu().numpy()
+        predicted.append(both[:n])
+        random_predicted.append(both[n:])
+        measured.append(effects[:n])
+        random_measured.append(effects[n:])
+    noticeable = NOTICEABLE * abs(float(np.mean(clean_scores(subject))))
+    within, across = (np.concatenate(part, axis=1) for part in _edges_of(graph, shown))
+    by_chance = np.concatenate(random_measured).mean(1)
+    points, num_candidates = measure_faithfulness(subject, baseline, inputs.seed)
+    replacement, completeness = measure_scores(subject, graph)
+    largest = [NOTICEABLE * float(np.abs(edges[1]).max(initial=0)) for edges in (within, across)]
+    return Verification(
+        nodes=agree("shown features", np.concatenate(predicted), np.concatenate(measured), noticeable, inputs.seed),
+        controls=agree(
+            "random features",
+            np.concatenate(random_predicted),
+            np.concatenate(random_measured),
+            noticeable,
+            inputs.seed,
+        ),
+        within=agree("edges within a position", *within, largest[0], inputs.seed),
+        across=agree("edges between positions", *across, largest[1], inputs.seed),
+        random_effect=float(np.abs(by_chance).mean()) if len(by_chance) else 0.0,
+        num_random=len(by_chance),
+        faithfulness=points,
+        num_candidates=num_candidates,
+        random_draws=3,
+        replacement=replacement,
+        completeness=completeness,
+    )
+
+
+def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """All pairs of a measured node that is kept and a kept feature of the next layer, within and between positions."""
+    none = np.zeros((2, 0))
+    sources, targets, predicted, effects = {}, {}, {}, {}
+    for layer, boundary in graph.boundaries.items():
+        mine, column = shown[layer], {int(n): i for i, n in enumerate(graph.layers[layer].kept_M)}
+        assert mine.effects is not None
+        rows = [i for i, n in enumerate(mine.numbers.tolist()) if n in column]
+        columns = [column[int(mine.numbers[i])] for i in rows]
+        sources[layer] = graph.layers[layer].nodes.select(mine.numbers[rows])
+        targets[layer] = graph.layers[_after(graph, layer)].kept
+        steps = (sources[layer].off_N - sources[layer].own_N)[:, None]
+        predicted[layer] = (steps * boundary.per_unit[:, columns].T).cpu().numpy()
+        effects[layer] = Effects(*(t[rows] for t in mine.effects))
+    within, across = split_edges(sources, targets, predicted, effects)
+    return within or [none], across or [none]
+
+
+def _targets(subject: Subject, scores: list[float]) -> list[Target]:
+    answer, decode = subject.answer, subject.model.tokenizer.decode
+    positions = answer.read_P[answer.targets_C].tolist()
+    each = zip(
+        positions,
+        answer.tokens_C.tolist(),
+        answer.against_C.tolist(),
+        answer.probabilities_C.tolist(),
+        scores,
+        strict=True,
+    )
+    return [Target(position=p, text=decode([t]), against=decode([o]), probability=q, score=s) for p, t, o, q, s in each]
+
+
+def _notes(subject: Subject, text: str, expected: str | None) -> list[str]:
+    answer, notes = subject.answer, []
     if expected is not None and text.strip() != expected:
         notes.append(f"the model's answer is wrong: {text.strip()!r}, right is {expected!r}")
     if not answer.complete:
@@ -281,12 +369,6 @@ def _notes(answer: Answer, text: str, expected: str | None) -> list[str]:
     if not answer.answer_ids:
         notes.append("the model ends the text at once; effects are on its choice of the end")
     return notes
-
-
-def _pearson(a: list[float], b: list[float]) -> float | None:
-    if len(a) < 3 or np.std(a) == 0 or np.std(b) == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 def check_prompt(prompt: str) -> None:

@@ -60,7 +60,9 @@ def vary_one_digit(prompt: str) -> Iterator[Variation]:
                 new = key_fact(template, other)[1]
                 if same_length and new != value and _shape(template, other)[0] == _shape(template, slots)[0]:
                     document = write_problem(template, other)
-                    yield Variation(document.text[: document.answer_start], f"{name}: {_say(value)} becomes {_say(new)}")
+                    yield Variation(
+                        document.text[: document.answer_start], f"{name}: {_say(value)} becomes {_say(new)}"
+                    )
 
 
 def _draw(number: int, rng: np.random.Generator) -> int:
