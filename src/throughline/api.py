@@ -251,15 +251,26 @@ def trace(
     run: str | Path | RunDir,
     prompt: str,
     model: str | None = None,
+    off: str | None = None,
+    against: str | None = None,
+    linearization: str = "plain",
+    settings: list[str] | None = None,
+    verify: bool = True,
     force: bool = False,
     device: str | None = None,
     say: Say = silent,
 ) -> Trace:
-    """One prompt followed through every layer of a model."""
+    """One prompt followed through every layer of a model.
+
+    `off` is mean, counterfactual or zero (None: a counterfactual where one can be made, or else the mean), `against` a
+    counterfactual prompt, `linearization` plain, frozen or integrated, `settings` features set by hand such as
+    "layer=4,feature=237,off" or "layer=4,feature=237,x2".
+    """
     with _session(run, device, say) as session:
         from throughline import pipeline
 
-        return pipeline.trace(session, prompt, model, force)
+        options = pipeline.trace_options(session.study, off, against, linearization, settings or [], verify)
+        return pipeline.trace(session, prompt, model, force, options)
 
 
 def compare(

@@ -7,6 +7,7 @@ setting redoes exactly what it touches.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
@@ -25,7 +26,7 @@ from throughline.models import LanguageModel, check_layers, check_model, read_to
 from throughline.progress import JobNotes
 from throughline.quality import evaluate
 from throughline.records import Comparison, LayerQuality, Trace, TransferInfo, best_labels, span
-from throughline.registry import LABELERS, METRICS
+from throughline.registry import LABELERS, METRICS, unknown
 from throughline.run_dir import RunDir, digest_key
 from throughline.session import Session
 from throughline.study import ModelSpec, Study
@@ -33,6 +34,9 @@ from throughline.text import read_documents
 from throughline.throughlines import find_throughlines
 from throughline.tokens import encode_prompt, take_documents
 from throughline.tracing import TraceInputs, TraceOptions, check_prompt, trace_prompt
+from throughline.tracing.baselines import OFF_KINDS
+from throughline.tracing.linearizing import LINEARIZATIONS
+from throughline.tracing.steering import parse_setting
 from throughline.zoo.texts import solve
 
 # ---- train
@@ -325,13 +329,37 @@ def trace(
         options or trace_options(session.study),
         expected=solve(prompt),
     )
-    session.run.write_trace(found)
+    if (
+        found.verification is not None and found.steering is None
+    ):  # a quick look, or a world changed by hand, is no record
+        session.run.write_trace(found)
     return found
 
 
-def trace_options(study: Study) -> TraceOptions:
-    """The study's own way of tracing."""
-    return TraceOptions(num_features=study.trace.features, most_answer_tokens=study.trace.answer_tokens)
+def trace_options(
+    study: Study,
+    off: str | None = None,
+    against: str | None = None,
+    linearization: str = "plain",
+    settings: Sequence[str] = (),
+    verify: bool = True,
+) -> TraceOptions:
+    """The study's way of tracing, and what was asked for beside; InputError for names that there are not."""
+    for name, found, known in (("off", off, OFF_KINDS), ("linearization", linearization, LINEARIZATIONS)):
+        if found is not None and found not in known:
+            raise InputError(unknown(name, found, list(known)))
+    return TraceOptions(
+        num_features=study.trace.features,
+        most_answer_tokens=study.trace.answer_tokens,
+        off=off,  # pyright: ignore[reportArgumentType]  checked above
+        against=against,
+        linearization=linearization,  # pyright: ignore[reportArgumentType]
+        share=study.trace.share,
+        most_nodes=study.trace.nodes,
+        num_chains=study.trace.chains,
+        verify=verify,
+        settings=tuple(parse_setting(text) for text in settings),
+    )
 
 
 def _throughlines(session: Session, name: str) -> pl.DataFrame | None:

@@ -284,7 +284,10 @@ class Chain(Record):
     target: int  # number of the target
     predicted: float
     measured: float | None
-    effect_together: float | None  # change of that target's score when all features of the chain are off at once
+    predicted_together: (
+        float  # sum of the features' own predicted effects on the target: what switching all of them off does
+    )
+    measured_together: float | None  # the same measured, each feature's step taken out of its layer
     answer_if_off: str | None  # the answer then
     num_alternatives: (
         int  # other paths to this target, mostly through the same features, of at least ALIKE of its strength

@@ -251,6 +251,9 @@ class TraceSpec(Section):
     prompts: list[str] = []
     features: int = Field(default=6, ge=1)  # shown per layer
     answer_tokens: int = Field(default=8, ge=1)  # longest answer
+    share: float = Field(default=0.8, gt=0, le=1)  # of each layer's influence that the graph's nodes carry
+    nodes: int = Field(default=24, ge=1)  # of the graph, per layer at most
+    chains: int = Field(default=3, ge=0)  # per token of the answer
 
 
 class ExecutorSpec(Section):

@@ -238,6 +238,22 @@ def trace(
     run: Run,
     prompt: Prompt,
     model: Annotated[str | None, typer.Option(help="which model of the run", show_default=False)] = None,
+    off: Annotated[
+        str | None,
+        typer.Option(help="mean, counterfactual or zero; default a counterfactual where one can be made, or the mean"),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="a counterfactual prompt of as many tokens", show_default=False)
+    ] = None,
+    linearization: Annotated[str, typer.Option(help="plain, frozen or integrated")] = "plain",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="set a feature: layer=4,feature=237,off (or x2, or =1.5)", show_default=False),
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="a quick look: predictions only")] = False,
+    graph: Annotated[
+        Path | None, typer.Option(help="write circuit-tracer's graph JSON to this file too", show_default=False)
+    ] = None,
     force: Force = False,
     device: Device = None,
     quiet: Quiet = False,
@@ -245,11 +261,23 @@ def trace(
 ) -> None:
     """Follow a prompt through every layer of a model."""
     from throughline import api
-    from throughline.cli import live, render
+    from throughline.cli import live, traced
 
     with live.Live(quiet or as_json) as news:
-        found = api.trace(run, prompt, model, force, device, news.say)
-    _print(as_json, found.model_dump(), lambda: render.trace(found), quiet)
+        found = api.trace(run, prompt, model, off, against, linearization, set_, not no_verify, force, device, news.say)
+    if graph is not None:
+        _write_graph(graph, found)
+    _print(as_json, found.model_dump(), lambda: traced.trace(found), quiet)
+
+
+def _write_graph(path: Path, found: Any) -> None:
+    from throughline.circuit_tracer import write_circuit_tracer
+    from throughline.errors import InputError
+
+    try:
+        path.write_text(json.dumps(write_circuit_tracer(found), ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--graph {path} cannot be written: {error.strerror}") from None
 
 
 @app.command()

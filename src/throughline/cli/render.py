@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from throughline.records import ActiveFeature, Comparison, LayerQuality, Plan, Trace, TransferResult, best_labels, span
+from throughline.records import Comparison, LayerQuality, Plan, TransferResult, best_labels, span
 
 PLAIN_WIDTH = 118
 MOST_JOBS = 40  # that a plan lists one by one
@@ -40,6 +40,8 @@ def finished(done: Any, model: str | None = None) -> None:
     chosen = next((t for t in done.traces if t.model == wanted), None)
     if chosen:
         out.print()
+        from throughline.cli.traced import trace
+
         trace(chosen)
     out.print()
     out.print(f"report: {done.page}", soft_wrap=True)
@@ -269,65 +271,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def trace(found: Trace) -> None:
-    """The layered reading of one prompt: the answer first, then the features of each layer with their effects."""
-    out = console()
-    out.print(Text(f'Input: "{found.prompt}"'.ljust(60) + f"model {found.model}"), soft_wrap=True)
-    if found.correct is False:
-        out.print(Text(f'The answer is wrong: "{found.answer}", right is "{found.expected}".', style="bold red"))
-    else:
-        right = " (right)" if found.correct else ""
-        lead = f"lead over the runner-up {found.score:+.1f} logits"
-        out.print(Text(f'Answer "{found.answer}"{right}  p = {found.answer_probability:.2f}  {lead}'), soft_wrap=True)
-    if found.forced:
-        out.print("Dictionaries failed the quality gate; this was made with --force.")
-    for reading in found.layers:
-        out.print()
-        head = f"Layer {reading.layer}".ljust(10)
-        for feature in reading.features:
-            out.print(Text(head + feature_line(found, feature)), soft_wrap=True)
-            head = " " * 10
-        if not reading.features:
-            out.print(head + "no feature is active")
-    out.print()
-    _explain(
-        out,
-        "if off",
-        f"measured change of that lead when this feature, at this position, is set to {found.off}; {found.num_verified} measured",
-    )
-    if found.prediction_r is not None:
-        _explain(
-            out, "predicted", f"by the gradient; prediction and measurement agree with r = {found.prediction_r:.2f}"
-        )
-    _explain(out, "by chance", f"a random active feature, switched off, changes the lead by {found.random_effect:.2f}")
-    for note in found.notes:
-        _explain(out, "note", note)
-
-
-def _explain(out: Console, word: str, meaning: str) -> None:
-    """A word of the output and what it means, the meaning wrapped beside it."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=9, no_wrap=True)
-    grid.add_column()
-    grid.add_row(word, Text(meaning))
-    out.print(grid)
-
-
-def feature_line(found: Trace, feature: ActiveFeature) -> str:
-    """`#45    at " 15"   operand 1 tens = 1     0.85  label F1 0.97  if off: -0.02`."""
-    token = repr(found.tokens[feature.position][1])
-    if feature.label is None:
-        words, score = "unlabelled: " + ", ".join(map(repr, feature.top_tokens[:3])), " " * 13
-    else:
-        words, score = feature.label.text, f"label F1 {feature.label.f1:.2f}"
-    words = shorten(words, 44)
-    said = f'  answers "{feature.answer_if_off}"' if feature.answer_if_off != found.answer else ""
-    return (
-        f"#{feature.feature:<6}at {token:<12} {words:<45}{feature.activation:7.2f}  {score}  "
-        f"if off: {feature.effect:+.2f}{said}"
-    )
-
-
 def comparison(found: Comparison) -> None:
     """Models side by side on one prompt, and which of their features have counterparts."""
     out = console()
@@ -361,7 +304,7 @@ def comparison(found: Comparison) -> None:
             out.print(
                 Text(
                     f"  layer {feature.layer:<3}#{feature.feature:<6}at {token:<12} {shorten(feature.label, 40):<41}"
-                    f"if off: {feature.effect:+7.2f}  {feature.standing:<10} {partners}".rstrip()
+                    f"if off: {feature.effect or 0:+7.2f}  {feature.standing:<10} {partners}".rstrip()
                 ),
                 soft_wrap=True,
             )

@@ -28,6 +28,7 @@ from throughline.tracing.faithfulness import measure_faithfulness
 from throughline.tracing.graph import Graph, LayerNodes, build_graph, measure_scores
 from throughline.tracing.interventions import Effects, Nodes, answers_if_off, clean_scores, switch_off
 from throughline.tracing.linearizing import Linearization
+from throughline.tracing.steering import Setting, check_settings, steer
 from throughline.tracing.telling import tell_chains
 from throughline.tracing.texts import Subject, find_subject
 from throughline.tracing.verifying import NOTICEABLE, agree, draw_controls, split_edges
@@ -104,6 +105,7 @@ class TraceOptions:
     most_nodes: int = 24  # kept per layer
     num_chains: int = 3  # per target
     verify: bool = True
+    settings: tuple[Setting, ...] = ()  # features set by hand
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
     tokens = encode_prompt(model.tokenizer, prompt)
     answer = find_answer(model, [t.id for t in tokens], options.most_answer_tokens)
     subject = find_subject(model, inputs.dictionaries, prompt, tokens, answer)
+    check_settings(subject, options.settings)
     baseline = find_baseline(subject, options.off, options.against, inputs.role_means)
     if baseline.others_C is not None:
         subject = subject.held_against(baseline.others_C)
@@ -156,6 +159,7 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
         edges=_list_edges(graph, shown),
         chains=tell_chains(inputs, subject, graph, options.num_chains, options.verify),
         verification=_verify(inputs, subject, baseline, graph, shown) if options.verify else None,
+        steering=steer(inputs, subject, baseline, options.settings) if options.settings else None,
         forced=inputs.forced,
         notes=_notes(subject, text, expected),
     )
@@ -262,7 +266,7 @@ def _list_edges(graph: Graph, shown: Mapping[int, Shown]) -> list[TraceEdge]:
         below, above = graph.layers[layer], graph.layers[_after(graph, layer)]
         column = {int(n): i for i, n in enumerate(below.kept_M)}
         row = {int(n): i for i, n in enumerate(above.kept_M)}
-        wanted = [n for n in shown[above.nodes.layer].numbers.tolist() if n in row and above.nodes.own_N[n] > 0]
+        wanted = [n for n in shown[above.nodes.layer].numbers.tolist() if n in row]
         for i, source in enumerate(shown[layer].numbers.tolist()):
             for target in wanted if source in column else []:
                 if below.nodes.positions_N[source] > above.nodes.positions_N[target]:
@@ -341,7 +345,8 @@ def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[list[np.ndarray
         targets[layer] = graph.layers[_after(graph, layer)].kept
         steps = (sources[layer].off_N - sources[layer].own_N)[:, None]
         predicted[layer] = (steps * boundary.per_unit[:, columns].T).cpu().numpy()
-        effects[layer] = Effects(*(t[rows] for t in mine.effects))
+        measured = mine.effects
+        effects[layer] = Effects(*(t[rows] for t in measured))
     within, across = split_edges(sources, targets, predicted, effects)
     return within or [none], across or [none]
 
