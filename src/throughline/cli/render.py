@@ -217,7 +217,16 @@ def plan(made: Plan) -> None:
     disk = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in made.disk_bytes.items())
     out.print(f"disk: {disk}", soft_wrap=True)
     for line in made.assumptions:
-        _explain(out, "assumed", line)
+        explain(out, "assumed", line)
+
+
+def explain(out: Console, word: str, meaning: str) -> None:
+    """A word of the output and what it means, the meaning wrapped beside it."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=9, no_wrap=True)
+    grid.add_column()
+    grid.add_row(word, Text(meaning))
+    out.print(grid)
 
 
 def _table_of_jobs(made: Plan) -> Table:

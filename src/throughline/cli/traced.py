@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from throughline.cli.render import console, shorten
+from throughline.cli.render import console, explain, shorten
 from throughline.records import ActiveFeature, Agreement, Chain, Steering, Trace, Verification, span
 
 NARROW, WIDE = 18, 46  # characters of a label on the narrowest and on a wide terminal
@@ -32,17 +32,17 @@ def trace(found: Trace) -> None:
     if found.steering is not None:
         _say_steering(out, found, found.steering)
     out.print()
-    _explain(out, "off", f"each feature takes {found.off}, at its position")
-    _explain(
+    explain(out, "off", f"each feature takes {found.off}, at its position")
+    explain(
         out, "if off", "measured change of the answer's lead (logits) in the real model, mean over the answer's tokens"
     )
-    _explain(out, "predicted", f"the same by the {found.linearization} gradient")
+    explain(out, "predicted", f"the same by the {found.linearization} gradient")
     if found.verification is None:
-        _explain(out, "note", "nothing here was measured in the model (--no-verify); effects are predictions")
+        explain(out, "note", "nothing here was measured in the model (--no-verify); effects are predictions")
     else:
         _say_verification(out, found.verification)
     for note in found.notes:
-        _explain(out, "note", note)
+        explain(out, "note", note)
 
 
 def _say_answer(out: Console, found: Trace) -> None:
@@ -77,11 +77,12 @@ def _say_chains(out: Console, found: Trace) -> None:
         out.print()
         target = found.targets[chain.target]
         out.print(Text(f"Chain {number}  {describe_chain(found, chain)} → {target.text!r}"), soft_wrap=False)
-        measured = "" if chain.measured is None else f", measured along this path {chain.measured:+.2f}"
-        together = ""
-        if chain.effect_together is not None:
-            together = f'; all of it off {chain.effect_together:+.2f}, answers "{chain.answer_if_off}"'
-        out.print(Text(f"         predicted {chain.predicted:+.2f}{measured}{together}"), soft_wrap=True)
+        says = "" if chain.answer_if_off in (None, found.answer) else f', answers "{chain.answer_if_off}"'
+        both = ("all of it off", chain.predicted_together, chain.measured_together, says)
+        alone = ("along this path alone", chain.predicted, chain.measured, "")
+        for what, predicted, measured, then in (both, alone):
+            checked = "" if measured is None else f", measured {measured:+.2f}{then}"
+            out.print(Text(f"         {what}: predicted {predicted:+.2f}{checked}"), soft_wrap=True)
         if chain.num_alternatives:
             paths = "path is" if chain.num_alternatives == 1 else "paths are"
             out.print(
@@ -103,13 +104,10 @@ def describe_chain(found: Trace, chain: Chain) -> str:
 def _say_steering(out: Console, found: Trace, steering: Steering) -> None:
     out.print()
     out.print(Text(f"Set by hand: {'; '.join(steering.settings)}", style="bold"), soft_wrap=True)
-    out.print(
-        Text(
-            f'  answer "{found.answer}" becomes "{steering.answer}"'
-            if steering.answer != found.answer
-            else f'  the answer stays "{found.answer}"'
-        )
-    )
+    said = f'answer stays "{found.answer}"'
+    if steering.answer != found.answer:
+        said = f'answer "{found.answer}" becomes "{steering.answer}"'
+    out.print(Text(f"  the {said}"))
     out.print(
         Text(f"  probability of the undisturbed answer {found.answer_probability:.3f} → {steering.probability:.3f}")
     )
@@ -133,17 +131,15 @@ def _say_verification(out: Console, checked: Verification) -> None:
     for agreement in (checked.nodes, checked.controls, checked.within, checked.across):
         table.add_row(*_agreement_cells(agreement))
     out.print(table)
-    _explain(
+    explain(
         out,
         "by chance",
         f"a random feature, switched off, changes the lead by {checked.random_effect:.2f} (n = {checked.num_random})",
     )
     if checked.replacement is not None and checked.completeness is not None:
-        _explain(out, "graph", f"replacement {checked.replacement:.2f}, completeness {checked.completeness:.2f}")
+        explain(out, "graph", f"replacement {checked.replacement:.2f}, completeness {checked.completeness:.2f}")
     if not checked.faithfulness:
-        _explain(
-            out, "faithful", "the baseline costs the answer less than half a logit, so there is nothing to explain"
-        )
+        explain(out, "faithful", "the baseline costs the answer less than half a logit, so there is nothing to explain")
         return
     out.print()
     out.print(Text(f"Share of the lead that n of {checked.num_candidates} nodes keep by themselves"))
@@ -160,12 +156,3 @@ def _say_verification(out: Console, checked: Verification) -> None:
 def _agreement_cells(found: Agreement) -> list[str]:
     numbers = (found.pearson, found.slope, found.sign, found.shuffled)
     return [found.what, str(found.num), *("–" if value is None else f"{value:.2f}" for value in numbers)]
-
-
-def _explain(out: Console, word: str, meaning: str) -> None:
-    """A word of the output and what it means, the meaning wrapped beside it."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=9, no_wrap=True)
-    grid.add_column()
-    grid.add_row(word, Text(meaning))
-    out.print(grid)

@@ -45,6 +45,10 @@ class Effects(NamedTuple):
     linear_NM: Float[Tensor, "N M"]
     activation_NM: Float[Tensor, "N M"]
 
+    def select(self, rows: list[int]) -> "Effects":
+        """The effects of some of the changes."""
+        return Effects(*(values[rows] for values in self))
+
 
 @torch.no_grad()
 def switch_off(subject: Subject, nodes: Nodes, watched: Nodes | None = None) -> Effects:

@@ -306,7 +306,7 @@ def _verify(
         measured.append(effects[:n])
         random_measured.append(effects[n:])
     noticeable = NOTICEABLE * abs(float(np.mean(clean_scores(subject))))
-    within, across = (np.concatenate(part, axis=1) for part in _edges_of(graph, shown))
+    within, across = _edges_of(graph, shown)
     by_chance = np.concatenate(random_measured).mean(1)
     points, num_candidates = measure_faithfulness(subject, baseline, inputs.seed)
     replacement, completeness = measure_scores(subject, graph)
@@ -320,8 +320,8 @@ def _verify(
             noticeable,
             inputs.seed,
         ),
-        within=agree("edges within a position", *within, largest[0], inputs.seed),
-        across=agree("edges between positions", *across, largest[1], inputs.seed),
+        within=agree("edges within a position", within[0], within[1], largest[0], inputs.seed),
+        across=agree("edges between positions", across[0], across[1], largest[1], inputs.seed),
         random_effect=float(np.abs(by_chance).mean()) if len(by_chance) else 0.0,
         num_random=len(by_chance),
         faithfulness=points,
@@ -332,7 +332,7 @@ def _verify(
     )
 
 
-def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[np.ndarray, np.ndarray]:
     """All pairs of a measured node that is kept and a kept feature of the next layer, within and between positions."""
     none = np.zeros((2, 0))
     sources, targets, predicted, effects = {}, {}, {}, {}
@@ -345,10 +345,9 @@ def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[list[np.ndarray
         targets[layer] = graph.layers[_after(graph, layer)].kept
         steps = (sources[layer].off_N - sources[layer].own_N)[:, None]
         predicted[layer] = (steps * boundary.per_unit[:, columns].T).cpu().numpy()
-        measured = mine.effects
-        effects[layer] = Effects(*(t[rows] for t in measured))
+        effects[layer] = mine.effects.select(rows)
     within, across = split_edges(sources, targets, predicted, effects)
-    return within or [none], across or [none]
+    return np.concatenate([none, *within], axis=1), np.concatenate([none, *across], axis=1)
 
 
 def _targets(subject: Subject, scores: list[float]) -> list[Target]:
