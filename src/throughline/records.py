@@ -395,7 +395,7 @@ class Trace(Record):
     @property
     def runner_up(self) -> str:
         """What the model would have said instead at the first contested token."""
-        return self.targets[0].against
+        return self.targets[0].against.strip()
 
 
 class SharedFeature(Record):
