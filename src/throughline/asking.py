@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from throughline.errors import InputError
+from throughline.labelers.contexts import Contexts
 from throughline.labelers.llm import Case, Cost, LanguageModelLabels
 from throughline.labelers.llm_client import Answerer, Answers, CallError, Endpoint, LocalModel
 from throughline.models import check_model
@@ -61,7 +62,8 @@ class Asking:
         session, answers = self._session, Answers(self._session.run.answers(model))
         try:
             labeler = LanguageModelLabels(self._spec, self._answerer, answers)
-            selection, heldout = session.selection(model), session.sample(model)
+            texts = (session.selection(model), session.sample(model))
+            selection, heldout = (Contexts(codes, self._spec.context) for codes in texts)
             known = best_labels(labels, session.study.features.bar)
             cases, left_out = [], {}
             for layer in session.dictionaries(model):

@@ -33,31 +33,47 @@ class Context:
         )
 
 
-def choose_contexts(
-    codes: Codes, layer: int, feature: int, length: int, num: int, rng: np.random.Generator
-) -> tuple[list[Context], list[Context]]:
-    """At most `num` contexts in which a feature is active, strongest first and at even ranks; at most `num` others at random."""
-    matrix = codes.columns[layer]
-    at = slice(matrix.indptr[feature], matrix.indptr[feature + 1])
-    tokens, values = matrix.indices[at], matrix.data[at]
-    starts = _starts(codes, length)
-    piece_of = np.searchsorted(starts, tokens, side="right") - 1
-    peaks = np.zeros(len(starts))
-    np.maximum.at(peaks, piece_of, values)
-    active = np.flatnonzero(peaks > 0)
-    strongest_first = active[np.argsort(-peaks[active], kind="stable")]
-    ranks = np.unique(np.linspace(0, max(len(active) - 1, 0), min(num, len(active))).round().astype(int))
-    quiet = np.flatnonzero(peaks == 0)
-    others = np.sort(rng.choice(quiet, min(num, len(quiet)), replace=False))
-    values_N = np.zeros(codes.num_tokens)
-    values_N[tokens] = values
-    bounds = np.r_[starts, codes.num_tokens]
+class Contexts:
+    """A text cut into contexts of `length` tokens."""
 
-    def cut(piece: int) -> Context:
-        span = slice(bounds[piece], bounds[piece + 1])
-        return Context(tuple(codes.token_texts[span]), tuple(values_N[span].tolist()))
+    def __init__(self, codes: Codes, length: int) -> None:
+        self._codes = codes
+        tokens = np.arange(codes.num_tokens)
+        begins = np.r_[True, codes.documents_N[1:] != codes.documents_N[:-1]][: codes.num_tokens]
+        document_starts = np.maximum.accumulate(np.where(begins, tokens, 0))
+        self._starts = np.flatnonzero((tokens - document_starts) % length == 0)
+        self._bounds = np.r_[self._starts, codes.num_tokens]
+        numbers: dict[str, int] = {}
+        texts = ("\0".join(codes.token_texts[self._span(piece)]) for piece in range(len(self._starts)))
+        self._text_of = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=int)
 
-    return [cut(p) for p in strongest_first[ranks]], [cut(p) for p in others]
+    def choose(
+        self, layer: int, feature: int, num: int, rng: np.random.Generator
+    ) -> tuple[list[Context], list[Context]]:
+        """At most `num` contexts in which a feature is active, strongest first and at even ranks; at most `num` others at random.
+
+        No text comes twice: the same few words, judged again, would only seem to be more evidence.
+        """
+        matrix = self._codes.columns[layer]
+        at = slice(matrix.indptr[feature], matrix.indptr[feature + 1])
+        tokens, values = matrix.indices[at], matrix.data[at]
+        peaks = np.zeros(len(self._starts))
+        np.maximum.at(peaks, np.searchsorted(self._starts, tokens, side="right") - 1, values)
+        order = np.argsort(-peaks, kind="stable")
+        distinct = order[np.sort(np.unique(self._text_of[order], return_index=True)[1])]
+        active, quiet = distinct[peaks[distinct] > 0], np.sort(distinct[peaks[distinct] == 0])
+        ranks = np.unique(np.linspace(0, max(len(active) - 1, 0), min(num, len(active))).round().astype(int))
+        others = np.sort(rng.choice(quiet, min(num, len(quiet)), replace=False))
+        values_N = np.zeros(self._codes.num_tokens)
+        values_N[tokens] = values
+        return [self._cut(p, values_N) for p in active[ranks]], [self._cut(p, values_N) for p in others]
+
+    def _span(self, piece: int) -> slice:
+        return slice(self._bounds[piece], self._bounds[piece + 1])
+
+    def _cut(self, piece: int, values_N: np.ndarray) -> Context:
+        span = self._span(piece)
+        return Context(tuple(self._codes.token_texts[span]), tuple(values_N[span].tolist()))
 
 
 def corrupt(context: Context, rng: np.random.Generator) -> tuple[int, ...] | None:
@@ -67,14 +83,6 @@ def corrupt(context: Context, rng: np.random.Generator) -> tuple[int, ...] | Non
         return None
     drawn = rng.choice(len(quiet), min(len(context.active), len(quiet)), replace=False)
     return tuple(sorted(quiet[i] for i in drawn))
-
-
-def _starts(codes: Codes, length: int) -> np.ndarray:
-    """The first token of each context."""
-    tokens = np.arange(codes.num_tokens)
-    begins = np.r_[True, codes.documents_N[1:] != codes.documents_N[:-1]][: codes.num_tokens]
-    document_starts = np.maximum.accumulate(np.where(begins, tokens, 0))
-    return np.flatnonzero((tokens - document_starts) % length == 0)
 
 
 def _plain(token: str) -> str:

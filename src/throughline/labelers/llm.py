@@ -16,8 +16,7 @@ from threading import Lock
 import numpy as np
 import polars as pl
 
-from throughline.codes import Codes
-from throughline.labelers.contexts import Context, choose_contexts, corrupt
+from throughline.labelers.contexts import Context, Contexts, corrupt
 from throughline.labelers.judging import (
     DETECT,
     FUZZ,
@@ -124,7 +123,7 @@ class LanguageModelLabels:
         self._spec, self._answerer, self._answers = spec, answerer, answers
 
     def prepare(
-        self, layer: int, selection: Codes, heldout: Codes, candidates: Iterable[int], seed: int
+        self, layer: int, selection: Contexts, heldout: Contexts, candidates: Iterable[int], seed: int
     ) -> tuple[list[Case], dict[str, str]]:
         """Cases of the first candidates that have enough contexts, as many as the study asks about; why others are left out."""
         cases, left_out = [], {}
@@ -132,12 +131,11 @@ class LanguageModelLabels:
             if len(cases) == self._spec.features:
                 break
             rng = np.random.default_rng([seed, layer, feature])
-            of = (layer, feature, self._spec.context)
-            examples, _ = choose_contexts(selection, *of, self._spec.examples, rng)
-            active, others = choose_contexts(heldout, *of, self._spec.judged, rng)
+            examples, _ = selection.choose(layer, feature, self._spec.examples, rng)
+            active, others = heldout.choose(layer, feature, self._spec.judged, rng)
             if not examples or min(len(active), len(others)) < min(FEWEST, self._spec.judged):
                 left_out[f"layer {layer} #{feature}"] = (
-                    f"active in {len(active)} held-out contexts and not in {len(others)}; too few to judge"
+                    f"too few held-out contexts: {len(active)} of those judged are active, {len(others)} are not"
                 )
                 continue
             cases.append(self._make_case(layer, feature, examples, active, others, rng))
