@@ -6,6 +6,7 @@ even ranks from the strongest to the weakest (Paulo et al. 2024, arXiv 2410.1392
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -16,10 +17,11 @@ OPEN, CLOSE = "<<", ">>"
 
 @dataclass(frozen=True)
 class Context:
-    """Tokens in reading order, and a feature's activation at each."""
+    """Tokens in reading order, a feature's activation at each, and the characters before each that are no token's."""
 
     tokens: tuple[str, ...]
     values: tuple[float, ...]
+    gaps: tuple[str, ...] = ()
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -28,9 +30,8 @@ class Context:
 
     def show(self, marked: Collection[int] = ()) -> str:
         """The text on one line, marked tokens between << and >>; what looks like a mark in the text itself is pulled apart."""
-        return "".join(
-            f"{OPEN}{_plain(token)}{CLOSE}" if i in marked else _plain(token) for i, token in enumerate(self.tokens)
-        )
+        shown = (f"{OPEN}{_plain(t)}{CLOSE}" if i in marked else _plain(t) for i, t in enumerate(self.tokens))
+        return "".join(f"{_plain(gap)}{token}" for gap, token in zip_longest(self.gaps, shown, fillvalue=""))
 
 
 class Contexts:
@@ -73,7 +74,10 @@ class Contexts:
 
     def _cut(self, piece: int, values_N: np.ndarray) -> Context:
         span = self._span(piece)
-        return Context(tuple(self._codes.token_texts[span]), tuple(values_N[span].tolist()))
+        text = self._codes.documents[self._codes.documents_N[span.start]].text
+        between = zip(self._codes.ends_N[span][:-1], self._codes.starts_N[span][1:], strict=True)
+        gaps = ("", *(text[end:start] for end, start in between))
+        return Context(tuple(self._codes.token_texts[span]), tuple(values_N[span].tolist()), gaps)
 
 
 def corrupt(context: Context, rng: np.random.Generator) -> tuple[int, ...] | None:
