@@ -74,7 +74,7 @@ class Contexts:
 
     def _cut(self, piece: int, values_N: np.ndarray) -> Context:
         span = self._span(piece)
-        text = self._codes.documents[self._codes.documents_N[span.start]].text
+        text = self._codes.documents[int(self._codes.documents_N[span.start])].text
         between = zip(self._codes.ends_N[span][:-1], self._codes.starts_N[span][1:], strict=True)
         gaps = ("", *(text[end:start] for end, start in between))
         return Context(tuple(self._codes.token_texts[span]), tuple(values_N[span].tolist()), gaps)
