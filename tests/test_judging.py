@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -13,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import make_codes, random_documents
+from throughline.analyzing import analyze_run
+from throughline.cli.render import asked_labels, coverage, label_score
 from throughline.labelers.contexts import Context, Contexts, corrupt
 from throughline.labelers.judging import LONGEST_LABEL, read_judgements, read_label, score
 from throughline.labelers.llm import STOP_AFTER, Cost, LanguageModelLabels, price_of
 from throughline.labelers.llm_client import Answer, Answers, CallError, Request
-from throughline.records import LABEL_COLUMNS, best_labels, complete_labels, rank_labels
+from throughline.records import LABEL_COLUMNS, AskedLabels, Label, best_labels, complete_labels, rank_labels
 from throughline.study import LlmSpec
 
 SPEC = LlmSpec(base_url="http://nowhere/v1", model="m", context=4, judged=20, per_call=4, features=2)
@@ -173,6 +176,21 @@ def test_after_some_failures_in_a_row_nothing_is_asked_any_more(texts, tmp_path)
         with pytest.raises(CallError, match="connection refused"):
             labeler.label("model", cases * 8, {}, lambda line: None)
     assert STOP_AFTER <= len(judge.asked) < STOP_AFTER + SPEC.concurrency
+
+
+def test_an_error_of_ours_stops_what_is_half_asked(texts, tmp_path):
+    class Full(Judge):
+        def answer(self, request: Request) -> Answer:
+            answered = super().answer(request)
+            if len(self.asked) == 6:
+                raise OSError(28, "No space left on device")
+            time.sleep(0.02)
+            return answered
+
+    judge = Full(truly)
+    with pytest.raises(OSError, match="No space left"):
+        ask(judge, texts, tmp_path / "answers.jsonl", SPEC.model_copy(update={"concurrency": 2}), (0, 1))
+    assert len(judge.asked) <= 10
 
 
 def test_a_line_cut_short_is_left_out(tmp_path):
@@ -332,3 +350,51 @@ def test_tables_of_older_versions_are_read():
     new = rows({"source": "concepts", "f1": 0.8})
     old = new.drop("measure", "balanced_accuracy", "fuzzing")
     assert complete_labels(old).equals(new) and complete_labels(new).equals(new)
+
+
+def test_what_is_judged_beats_no_neuron():
+    """Consumers of labels cope with those that have no such baselines, and claim nothing for them."""
+    judged = rows(
+        {
+            "source": "llm",
+            "f1": 0.95,
+            "measure": "detection",
+            "base_f1": 2 / 3,
+            "balanced_accuracy": 0.94,
+            "fuzzing": 0.6,
+        }
+    )
+    features = pl.DataFrame({"num_active": [3, 5]})
+    [finding] = analyze_run([], {"m": features}, {"m": judged}, seed=0).analysis.findings
+    assert (finding.numbers["labelled"], finding.numbers["beyond_baselines"]) == (1, 0)
+    row = judged.row(0, named=True) | {"precision": 1.0, "recall": 0.9, "num_positive": 20}
+    label = Label(text="x", **{name: row[name] for name in Label.model_fields if name != "text"})
+    assert label_score(label) == "label BA 0.94"
+    assert label_score(label.model_copy(update={"balanced_accuracy": None})) == "label F1 0.95"
+
+
+def test_tables_of_what_asking_came_to(capsys):
+    judged = rows(
+        {
+            "source": "llm",
+            "f1": 0.7,
+            "measure": "detection",
+            "base_f1": 2 / 3,
+            "balanced_accuracy": 0.5,
+            "num_tokens": 40,
+        }
+    )
+    failed = {f"layer 0 #{n}": "status 503" for n in range(9)}
+    report = AskedLabels(
+        model="m", answered_by="judge (chat)", num_features=11, num_labelled=1, failed=failed, unread={"layer 1 #2": "hm"},
+        left_out={}, num_calls=30, num_stored=2, prompt_tokens=1000, answer_tokens=200, price=0.0125,
+    )  # fmt: skip
+    coverage({"m": judged}, 0.7)
+    asked_labels([report], {"m": judged}, 0.7)
+    out = capsys.readouterr().out
+    assert (
+        "calls failed: layer 0 #0, layer 0 #1, layer 0 #2, layer 0 #3, layer 0 #4, layer 0 #5 and 3 more: status 503"
+        in out
+    )
+    assert "answers of no use: layer 1 #2: hm" in out and "0.0125 by the prices given" in out
+    assert re.search(r"m +11 +1 +0 +0\.50 \(n = 1\) +– +40 +30 \+ 2 stored", out)

@@ -20,11 +20,13 @@ import yaml
 
 from served_model import PARITY, Proxy, arithmetic_model, chat_reply, cut_off, respond, serve_models
 from throughline import api
+from throughline.asking import Asking
 from throughline.cli import main
 from throughline.errors import InputError
 from throughline.labelers.llm_client import Answer, CallError, Endpoint, Request
 from throughline.records import best_labels, reaches
-from throughline.study import LlmSpec, parse_study
+from throughline.session import Session
+from throughline.study import LlmSpec, load_study, parse_study
 
 pytestmark = pytest.mark.xdist_group("llm")
 LENIENT = {"max_l0_share": 1, "max_fvu": 10, "min_ce_recovered": -10, "max_dead": 1}
@@ -148,6 +150,29 @@ def test_a_model_without_a_chat_template(run, served):
     labels = ask(run, {"api": "completions", "features": 1})  # it rambles, and that is no judgement
     report = api.load_run(run).asked("zoo/pythia")
     assert report is not None and not report.failed and len(report.unread) + len(asked(labels)) == 2
+
+
+def test_the_most_influential_are_asked_about_first(run, tmp_path):
+    """By the effects in the run's traces; without any, by activation, which is said once."""
+    lines: list[str] = []
+    free = api.load_run(run).table("zoo/pythia", "labels")
+    labelled = {(row["layer"], row["feature"]) for row in best_labels(free, 0.7).iter_rows(named=True)}
+
+    def candidates(order: str) -> list[list[int]]:
+        session = Session(api.load_run(run), "cpu", lines.append)
+        found = Asking(session, LlmSpec(base_url="http://x/v1", model="m", order=order))  # type: ignore[arg-type]
+        return [found._candidates("zoo/pythia", layer, {f for at, f in labelled if at == layer}) for layer in (0, 1)]
+
+    active = candidates("active")
+    assert candidates("influential") == active
+    assert lines == ["zoo/pythia has no traces yet, so its most active features are asked about"]
+    trace = api.trace(run, "What is 15 + 27?", device="cpu")
+    for layer, found in enumerate(candidates("influential")):
+        effects = Counter()
+        for shown in trace.layers[layer].features:
+            effects[shown.feature] += abs(shown.effect)
+        traced = [f for f, effect in effects.most_common() if (layer, f) not in labelled and effect > 0]
+        assert found[: len(traced)] == traced and sorted(found) == sorted(active[layer])
 
 
 # ---- everything that goes wrong
@@ -343,6 +368,16 @@ def test_wrong_settings(llm, says):
     with pytest.raises(InputError) as refused:
         parse_study(STUDY | {"features": {"labelers": ["llm"], "llm": llm}})
     assert says in str(refused.value) and "secret" not in str(refused.value)
+
+
+def test_a_local_model_beside_the_study_file_is_found(tmp_path):
+    (tmp_path / "judge").mkdir()
+    features = {"labelers": ["llm"], "llm": {"path": "judge"}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY | {"features": features}))
+    llm = load_study(tmp_path / "s.yaml").features.llm
+    assert llm is not None and llm.path == str(tmp_path / "judge")
+    with pytest.raises(InputError, match=r"judge has no config\.json"):
+        api.run(tmp_path / "s.yaml", tmp_path / "run", device="cpu")
 
 
 def test_settings_that_change_no_result_keep_the_labels():

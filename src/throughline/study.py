@@ -452,10 +452,15 @@ def _beside(study: Study, folder: Path) -> Study:
         beside = folder / path
         return str(beside.resolve()) if not Path(path).is_absolute() and beside.exists() else path
 
-    models = [m.model_copy(update={"path": resolve(m.path)}) for m in study.models]
-    return study.model_copy(
-        update={"models": models, "data": study.data.model_copy(update={"path": resolve(study.data.path)})}
-    )
+    changes: dict[str, Any] = {
+        "models": [m.model_copy(update={"path": resolve(m.path)}) for m in study.models],
+        "data": study.data.model_copy(update={"path": resolve(study.data.path)}),
+    }
+    llm = study.features.llm
+    if llm is not None and llm.path is not None:
+        asked = llm.model_copy(update={"path": resolve(llm.path)})
+        changes["features"] = study.features.model_copy(update={"llm": asked})
+    return study.model_copy(update=changes)
 
 
 def _describe_all(error: ValidationError) -> str:

@@ -107,6 +107,7 @@ class _Tally:
     answer_tokens: int = 0
     failed_in_a_row: int = 0
     reason: str = ""
+    stopped: bool = False
     lock: Lock = field(default_factory=Lock)
 
 
@@ -208,6 +209,9 @@ class LanguageModelLabels:
                     said = time.monotonic()
                     say(f"{model}: asked about {number} of {len(cases)} features, {tally.num_calls:,} calls")
         finally:
+            tally.stopped = (
+                True  # where an error or Ctrl-C ends it, features that are half asked about make no further call
+            )
             pool.shutdown(cancel_futures=True)
         if failed and not tally.num_calls + tally.num_stored:
             raise CallError(tally.reason)
@@ -269,6 +273,8 @@ class LanguageModelLabels:
 
         def call() -> Answer:
             nonlocal new
+            if tally.stopped:
+                raise CallError("stopped")
             if tally.failed_in_a_row >= STOP_AFTER:
                 raise CallError(f"not asked, for {STOP_AFTER} calls before it failed: {tally.reason}")
             new = True

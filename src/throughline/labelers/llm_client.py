@@ -4,6 +4,7 @@ An answer is stored as soon as it is there, under a digest of the request and th
 a process that goes on after another was killed, not for a feature that is described by the same texts as another.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -198,7 +199,7 @@ class Answers:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.is_file() else b""
         self._known = dict(filter(None, map(_read_line, content.decode(errors="replace").splitlines())))
-        self._file = path.open("ab", buffering=0)  # a killed process leaves nothing unwritten
+        self._path, self._file = path, path.open("ab", buffering=0)  # a killed process leaves nothing unwritten
         self._lock, self._asking = Lock(), defaultdict[str, Lock](Lock)
         if content and not content.endswith(b"\n"):  # a line that a kill cut short is ended, and left out
             self._file.write(b"\n")
@@ -215,10 +216,18 @@ class Answers:
             if key not in self._known:
                 answer = ask()
                 with self._lock:
-                    self._file.write((json.dumps({"key": key} | asdict(answer)) + "\n").encode())
-                    os.fsync(self._file.fileno())
+                    self._append(json.dumps({"key": key} | asdict(answer)) + "\n")
                 self._known[key] = answer
             return self._known[key]
+
+    def _append(self, line: str) -> None:
+        try:
+            written = self._file.write(line.encode())
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if written != len(line.encode()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def close(self) -> None:
         """Close the file."""
