@@ -265,11 +265,20 @@ def test_chatter_is_no_judgement(run, served, proxy):
 
 
 def test_a_dead_endpoint_changes_nothing(run):
-    before = snapshot(run / "models" / "zoo-pythia")
+    before = snapshot(run)
     with pytest.raises(InputError, match=r"m at http://127\.0\.0\.1:9/v1 answered no call, so nothing was labelled"):
         ask(run, asking("http://127.0.0.1:9/v1", "m", retries=0))
-    after = snapshot(run / "models" / "zoo-pythia")
-    assert after.pop("llm_answers.jsonl") == b"" and after == before
+    after = snapshot(run)
+    assert after.pop("models/zoo-pythia/llm_answers.jsonl") == b"" and after == before
+
+
+def test_a_model_that_sees_too_little_says_so(run, served):
+    """zoo/gpt2 sees 64 tokens."""
+    settings = asking(served[0], served[1]) | {"base_url": None, "model": None, "path": "zoo/gpt2"}
+    with pytest.raises(
+        InputError, match=r"zoo/gpt2 answered no call.*the model sees 64; lower features\.llm\.examples"
+    ):
+        ask(run, settings)
 
 
 def test_a_killed_process_goes_on_without_asking_again(run, served, proxy, undisturbed, tmp_path):

@@ -108,7 +108,6 @@ class Asking:
             return prepared.labeler.label(prepared.model, prepared.cases, prepared.left_out, self._session.say)
         except CallError as error:
             where = f"{spec.model} at {spec.base_url}" if spec.base_url else f"{spec.path}"
-            key = f", and is its key in {spec.key_variable}" if spec.base_url and spec.key_variable else ""
-            raise InputError(
-                f"{where} answered no call, so nothing was labelled: {error}. Is it running{key}? The same command goes on"
-            ) from None
+            key = f", and is its key in {spec.key_variable}" if spec.key_variable else ""
+            advice = f". Is it running{key}? The same command goes on" if spec.base_url else ""
+            raise InputError(f"{where} answered no call, so nothing was labelled: {error}{advice}") from None

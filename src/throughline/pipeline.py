@@ -194,11 +194,11 @@ def _ask_for_labels(session: Session, pending: list[ModelSpec], asking: Asking, 
         free = {name: table.filter(pl.col("source") != ASKING) for name, table in tables.items()}
         prepared = [stack.enter_context(asking.prepared(spec.name, free[spec.name])) for spec in pending]
         asking.require_approval([p.labeler.estimate(p.cases) for p in prepared], approve)
-        session.run.write_text("study.yaml", dump_study(session.study))  # it may ask whom the run's did not
         for spec, ready in zip(pending, prepared, strict=True):
             session.say(f"asking about {len(ready.cases):,} features of {spec.name}")
             with session.run.step(*_label_step(session, spec)) as files:
                 labels, asked = asking.label(ready)
+                session.run.write_text("study.yaml", dump_study(session.study))  # it may ask whom the run's did not
                 table = pl.concat([free[spec.name], labels]).sort("layer", "feature", "source")
                 files.append(session.run.write_table(spec.name, "labels", table))
                 files.append(session.run.write_asked(asked))
