@@ -147,7 +147,9 @@ def test_a_model_without_a_chat_template(run, served):
     spec = LlmSpec(**asking(served[0], served[2], api="completions"))
     answer = Endpoint(spec).answer(Request("What is 20 + 10?", "What is 15 + 27?", 8))
     assert answer.text and answer.prompt_tokens > 10
-    labels = ask(run, {"api": "completions", "features": 1})  # it rambles, and that is no judgement
+    labels = ask(
+        run, asking(served[0], served[2], api="completions", features=1)
+    )  # it rambles, and that is no judgement
     report = api.load_run(run).asked("zoo/pythia")
     assert report is not None and not report.failed and len(report.unread) + len(asked(labels)) == 2
 
