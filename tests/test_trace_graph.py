@@ -1,6 +1,7 @@
 """Graphs of prompts: a model whose weights are set by hand and whose graph is known, and every number measured another way."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_the_planted_graph_is_found_and_nothing_else(planted, how):
         for j, (q, g) in enumerate(zip(above.positions_N, above.features_N, strict=True))
     }
     true: dict[tuple[tuple[int, int], tuple[int, int]], float] = {}
-    for position, own in enumerate((RED, SUN, BLUE, EQUALS)):
+    for position, own in enumerate((RED, SUN, BLUE, EQUALS, SEEN_RED)):  # the answer has no coordinate of its own
         true[(position, own), (position, own)] = 1  # the residual stream
         true[(position, SEEN_RED), (position, SEEN_RED)] = 1
         true[(position, SEEN_RED), (position, RED_WRITTEN)] = 1  # the MLP
@@ -269,7 +270,7 @@ def test_paths_are_the_strongest(tiny):
     """All paths by enumeration."""
     rng = np.random.default_rng(3)
     sizes = (4, 5, 3)
-    per_unit = [rng.normal(size=(b, a)) for a, b in zip(sizes, sizes[1:], strict=False)]
+    per_unit = [rng.normal(size=(b, a)) for a, b in pairwise(sizes)]
     steps, last = rng.normal(size=4), rng.normal(size=3)
     every = {
         (a, b, c): steps[a] * per_unit[0][b, a] * per_unit[1][c, b] * last[c]

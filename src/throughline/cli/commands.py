@@ -29,6 +29,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue an existing run
 Force = Annotated[bool, typer.Option("--force", help="go on though dictionaries failed the quality gate")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda[:n] or mps; default the best there is", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print errors only")]
+Yes = Annotated[bool, typer.Option("--yes", help="let labels be asked of an endpoint, whatever that costs")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
@@ -90,6 +91,7 @@ def run(
     settings: Set = None,
     resume: Resume = False,
     force: Force = False,
+    yes: Yes = False,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
@@ -99,7 +101,7 @@ def run(
 
     place = out or _default_place(study, settings)
     with live.Live(quiet, place) as news, _figures_of_the_gate(place, quiet):
-        finished = api.run(study, out, settings, resume, force, device, news.say, news.progress)
+        finished = api.run(study, out, settings, resume, force, device, news.say, news.progress, approve=_approval(yes))
     if not quiet:
         render.finished(finished)
 
@@ -190,15 +192,50 @@ def features(
 
 
 @app.command()
-def label(run: Run, force: Force = False, device: Device = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+def label(
+    run: Run,
+    labeler: Annotated[
+        str | None, typer.Option(help="add a labeler to the study's: llm asks a language model", show_default=False)
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="llm: an OpenAI-compatible URL such as http://localhost:8000/v1", show_default=False),
+    ] = None,
+    llm_model: Annotated[str | None, typer.Option(help="llm: the model's name there", show_default=False)] = None,
+    llm_path: Annotated[
+        str | None, typer.Option(help="llm: a local model in place of an endpoint", show_default=False)
+    ] = None,
+    features: Annotated[
+        int | None, typer.Option(help="llm: ask about so many features of each layer", show_default=False)
+    ] = None,
+    yes: Yes = False,
+    force: Force = False,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
     """Label features, with held-out scores and coverage."""
     from throughline import api
     from throughline.cli import live, render
 
+    named = {"base_url": endpoint, "model": llm_model, "path": llm_path, "features": features}
+    llm = {name: value for name, value in named.items() if value is not None}
     with live.Live(quiet or as_json) as news:
-        tables = api.label(run, force, device, news.say)
-    bar = api.load_run(run).study().features.bar
-    _print(as_json, {k: t.to_dicts() for k, t in tables.items()}, lambda: render.coverage(tables, bar), quiet)
+        tables = api.label(run, force, device, news.say, labeler=labeler, llm=llm, approve=_approval(yes))
+    opened = api.load_run(run)
+    study = opened.study()
+    asked = [opened.asked(name) for name in tables] if study.features.asked else []
+    reports = [report for report in asked if report]
+
+    def show() -> None:
+        render.coverage(tables, study.features.bar)
+        if reports:
+            render.asked_labels(reports, tables, study.features.bar)
+
+    _print(as_json, {k: t.to_dicts() for k, t in tables.items()}, show, quiet)
+    if failed := sum(len(report.failed) for report in reports):
+        typer.echo(f"{failed} features have no label because calls failed; the same command asks again", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -366,6 +403,13 @@ def _print(as_json: bool, value: Any, show: Callable[[], None], quiet: bool = Fa
         sys.stdout.write("\n")
     elif not quiet:
         show()
+
+
+def _approval(yes: bool) -> Callable[[str], bool] | None:
+    """Whether calls that may cost money are made: as --yes says, or as is answered on a terminal; None where nobody can answer."""
+    if yes:
+        return lambda cost: True
+    return (lambda cost: typer.confirm("send them?", err=True)) if sys.stdin.isatty() else None
 
 
 def _finite(value: Any) -> Any:

@@ -10,10 +10,21 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from throughline.records import Comparison, LayerQuality, Plan, TransferResult, best_labels, span
+from throughline.records import (
+    AskedLabels,
+    Comparison,
+    Label,
+    LayerQuality,
+    Plan,
+    TransferResult,
+    best_labels,
+    reaches,
+    span,
+)
 
 PLAIN_WIDTH = 118
 MOST_JOBS = 40  # that a plan lists one by one
+MOST_NAMED = 6  # features that have no label for the same reason
 MOST_COMPARED = 8  # features of each model that a comparison lists
 
 
@@ -99,11 +110,58 @@ def coverage(tables: dict[str, pl.DataFrame], bar: float) -> None:
                 model,
                 str(layer),
                 str(len(best)),
-                str(int((best["f1"] >= bar).sum())),
-                str(int((best["f1"] >= 0.9).sum())),
-                str(len(best.filter((pl.col("f1") >= bar) & (pl.col("f1") > baseline)))),
+                str(best.filter(reaches(bar)).height),
+                str(best.filter(reaches(0.9)).height),
+                str(best.filter(reaches(bar) & (pl.col("f1") > baseline)).height),  # null without these baselines
             )
     console().print(table)
+
+
+def asked_labels(reports: list[AskedLabels], tables: dict[str, pl.DataFrame], bar: float) -> None:
+    """What asking a language model came to, by model: scores with n, and features without a label by the reason."""
+    table = _table("model", "asked", "labelled", f"≥ {bar}", "detection BA", "fuzzing BA", "contexts judged", "calls")
+    for asked in reports:
+        own = tables[asked.model].filter(pl.col("measure") == "detection")
+        table.add_row(
+            asked.model,
+            str(asked.num_features),
+            str(asked.num_labelled),
+            str(own.filter(reaches(bar)).height),
+            _mean_and_number(own["balanced_accuracy"]),
+            _mean_and_number(own["fuzzing"]),
+            f"{own['num_tokens'].sum():,}",
+            f"{asked.num_calls:,} + {asked.num_stored:,} stored",
+        )
+    out = console()
+    out.print(table)
+    out.print("BA: balanced accuracy, mean over n labels; 0.5 is chance")
+    for asked in reports:
+        tokens = f"{asked.prompt_tokens:,} tokens of prompts, {asked.answer_tokens:,} of answers"
+        price = "" if asked.price is None else f", {asked.price:.4f} by the prices given"
+        out.print(f"{asked.model}: {tokens}, as {asked.answered_by} counts them{price}", soft_wrap=True)
+        for what, reasons in (
+            ("calls failed", asked.failed),
+            ("answers of no use", asked.unread),
+            ("not asked", asked.left_out),
+        ):
+            _reasons(out, what, reasons)
+
+
+def _reasons(out: Console, what: str, reasons: dict[str, str]) -> None:
+    """Features without a label, those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        listed = ", ".join(names[:MOST_NAMED]) + (
+            f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        )
+        out.print(f"  {what}: {listed}: {reason}", soft_wrap=True)
+
+
+def _mean_and_number(scores: pl.Series) -> str:
+    known = [score for score in scores.to_list() if score is not None]
+    return f"{mean(known):.2f} (n = {len(known)})" if known else "–"
 
 
 def transfers(results: list[TransferResult]) -> None:
@@ -278,6 +336,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def label_score(label: Label) -> str:
+    """`F1 0.97`, or the balanced accuracy of detection, `BA 0.83`."""
+    return f"F1 {label.f1:.2f}" if label.balanced_accuracy is None else f"BA {label.balanced_accuracy:.2f}"
 
 
 def comparison(found: Comparison) -> None:

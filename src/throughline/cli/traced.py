@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from throughline.cli.render import console, explain, shorten
+from throughline.cli.render import console, explain, label_score, shorten
 from throughline.records import ActiveFeature, Agreement, Chain, Steering, Trace, Verification, span
 
 NARROW, WIDE = 18, 46  # characters of a label on the narrowest and on a wide terminal
@@ -61,7 +61,7 @@ def feature_line(found: Trace, feature: ActiveFeature, room: int = WIDE) -> str:
     if feature.label is None:
         words, score = "unlabelled: " + ", ".join(map(repr, feature.top_tokens[:3])), ""
     else:
-        words, score = feature.label.text, f"F1 {feature.label.f1:.2f}"
+        words, score = feature.label.text, label_score(feature.label)
     if feature.effect is None:
         effect = f"predicted {feature.predicted_effect:+.2f}"
     else:

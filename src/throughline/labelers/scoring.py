@@ -188,6 +188,7 @@ def label_table(
             "feature": features,
             "label": words,
             "source": [source] * len(features),
+            "measure": ["tokens"] * len(features),
             "f1": f1(true_positive, num_active, num_positive),
             "precision": true_positive / np.maximum(num_active, 1),
             "recall": true_positive / np.maximum(num_positive, 1),
@@ -197,6 +198,8 @@ def label_table(
             "base_f1": baselines.always,
             "neuron_f1": baselines.neuron,
             "untrained_f1": baselines.untrained,
+            "balanced_accuracy": [None] * len(features),
+            "fuzzing": [None] * len(features),
         },
         schema=LABEL_COLUMNS,
     )
