@@ -30,7 +30,7 @@ from throughline.tracing.answer import find_answer, spell
 from throughline.tracing.baselines import find_baseline
 from throughline.tracing.faithfulness import SHARE_ACTIVE, measure_faithfulness
 from throughline.tracing.graph import build_graph
-from throughline.tracing.interventions import clean_scores, switch_off
+from throughline.tracing.interventions import switch_off
 from throughline.tracing.texts import Subject, find_subject
 from throughline.zoo.texts import pose_problem, sample_problems
 
@@ -85,7 +85,7 @@ def measure_prompt(subject: Subject) -> dict[str, Any]:
     """Nodes, edges and faithfulness of one prompt."""
     mean = find_baseline(subject, "mean", None, no_means)
     graph = build_graph(subject, mean, "plain", 0.8, 24)
-    noticeable = NOTICEABLE * abs(float(np.mean(clean_scores(subject))))
+    noticeable = NOTICEABLE * abs(float(np.mean(subject.scores)))
     nodes, within, across = {}, [], []
     for layer, mine in graph.layers.items():
         after = [other for other in graph.layers if other > layer][:1]

@@ -25,7 +25,7 @@ from throughline.tracing.baselines import find_baseline
 from throughline.tracing.chains import find_paths, join_steps
 from throughline.tracing.faithfulness import Candidates
 from throughline.tracing.graph import Graph, build_graph, choose_share
-from throughline.tracing.interventions import clean_scores, keep_only, switch_off
+from throughline.tracing.interventions import keep_only, switch_off
 from throughline.tracing.linearizing import LINEARIZATIONS
 from throughline.tracing.steering import parse_setting
 from throughline.tracing.texts import Subject, find_subject
@@ -248,14 +248,14 @@ def test_frozen_gradients_add_up():
         inputs = suffix.inputs(torch.tensor([subject.answer.ids]))
         logits = suffix.run(inputs, edits={0: lambda _: start}, at=subject.answer.read_P).logits
         assert logits is not None
-        torch.testing.assert_close(subject.answer.scores(logits)[0].tolist(), clean_scores(subject))  # values stay
+        torch.testing.assert_close(subject.answer.scores(logits)[0].tolist(), subject.scores)  # values stay
         return torch.autograd.grad(subject.answer.scores(logits).sum(), start)[0][0]
 
     plain = float((gradient() * x_TD).sum())
     with frozen(model):
         linear = float((gradient() * x_TD).sum())
-    assert linear == pytest.approx(sum(clean_scores(subject)), rel=1e-3)
-    assert plain != pytest.approx(sum(clean_scores(subject)), rel=1e-2)
+    assert linear == pytest.approx(sum(subject.scores), rel=1e-3)
+    assert plain != pytest.approx(sum(subject.scores), rel=1e-2)
 
 
 def test_frozen_leaves_the_model_as_it_was(planted):
@@ -386,7 +386,7 @@ def test_keeping_all_or_nothing(pythia):
     baseline = find_baseline(pythia, "counterfactual", None, no_means)
     all_of_it = {layer: torch.ones_like(f, dtype=torch.bool)[None] for layer, f in pythia.clean.features.items()}
     logits = keep_only(pythia, all_of_it, baseline.features, pythia.clean.errors)
-    torch.testing.assert_close(pythia.answer.scores(logits)[0].tolist(), clean_scores(pythia), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(pythia.answer.scores(logits)[0].tolist(), pythia.scores, atol=1e-3, rtol=1e-3)
     nothing = {layer: torch.zeros_like(mask) for layer, mask in all_of_it.items()}
     logits = keep_only(pythia, nothing, baseline.features, baseline.errors)
     assert baseline.prompt is not None

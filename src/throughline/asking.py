@@ -86,7 +86,7 @@ class Asking:
                 self._session.say(f"{model} has no traces yet, so its most active features are asked about")
             for reading in (r for t in traces for r in t.layers if r.layer == layer):
                 for shown in reading.features:
-                    effects[shown.feature] += abs(shown.effect)
+                    effects[shown.feature] += abs(shown.predicted_effect if shown.effect is None else shown.effect)
         order = np.lexsort((np.arange(len(sums)), -sums, -effects))
         return [int(feature) for feature in order if sums[feature] > 0 and int(feature) not in labelled]
 

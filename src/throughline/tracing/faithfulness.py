@@ -17,7 +17,7 @@ from torch import Tensor
 
 from throughline.records import FaithfulnessPoint
 from throughline.tracing.baselines import Baseline
-from throughline.tracing.interventions import clean_scores, keep_only
+from throughline.tracing.interventions import keep_only
 from throughline.tracing.linearizing import answer_gradients
 from throughline.tracing.texts import Subject
 
@@ -88,7 +88,7 @@ def measure_faithfulness(subject: Subject, baseline: Baseline, seed: int) -> tup
     logits_BPV = candidates.run(torch.cat([ranked, ~ranked, drawn]))
     answer = subject.answer
     scores_BC = answer.scores(logits_BPV)
-    clean_C, none_C = torch.tensor(clean_scores(subject), device=ranked.device), scores_BC[0]
+    clean_C, none_C = torch.tensor(subject.scores, device=ranked.device), scores_BC[0]
     contested_C = clean_C - none_C >= LEAST_CHANGE
     if not bool(contested_C.any()):
         return [], candidates.num

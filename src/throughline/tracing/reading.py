@@ -26,7 +26,7 @@ from throughline.tracing.answer import find_answer, spell
 from throughline.tracing.baselines import Baseline, OffKind, find_baseline
 from throughline.tracing.faithfulness import measure_faithfulness
 from throughline.tracing.graph import Graph, LayerNodes, build_graph, measure_scores
-from throughline.tracing.interventions import Effects, Nodes, answers_if_off, clean_scores, switch_off
+from throughline.tracing.interventions import Effects, Nodes, answers_if_off, switch_off
 from throughline.tracing.linearizing import Linearization
 from throughline.tracing.steering import Setting, check_settings, steer
 from throughline.tracing.telling import tell_chains
@@ -137,7 +137,7 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
     shown = _choose_shown(inputs, subject, graph, options)
     if options.verify:
         shown = {layer: _measure(subject, graph, layer, mine) for layer, mine in shown.items()}
-    scores = clean_scores(subject)
+    scores = subject.scores
     text = spell(model, answer.prompt_ids, answer.answer_ids)
     return Trace(
         model=model.name,
@@ -225,7 +225,7 @@ def _measure_error(subject: Subject, layer: int) -> float:
     inputs = suffix.inputs(torch.tensor([subject.answer.ids]))
     logits = suffix.run(inputs, edits={layer: lambda _: x_TD[None]}, at=subject.answer.read_P).logits
     assert logits is not None
-    return float(subject.answer.scores(logits).mean()) - float(np.mean(clean_scores(subject)))
+    return float(subject.answer.scores(logits).mean()) - float(np.mean(subject.scores))
 
 
 def _describe(inputs: TraceInputs, layer: LayerNodes, i: int, shown: Shown) -> ActiveFeature:
@@ -305,7 +305,7 @@ def _verify(
         random_predicted.append(both[n:])
         measured.append(effects[:n])
         random_measured.append(effects[n:])
-    noticeable = NOTICEABLE * abs(float(np.mean(clean_scores(subject))))
+    noticeable = NOTICEABLE * abs(float(np.mean(subject.scores)))
     within, across = _edges_of(graph, shown)
     by_chance = np.concatenate(random_measured).mean(1)
     points, num_candidates = measure_faithfulness(subject, baseline, inputs.seed)
