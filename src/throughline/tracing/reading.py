@@ -24,7 +24,7 @@ from throughline.records import ActiveFeature, Label, LayerReading, Place, Targe
 from throughline.tokens import encode_prompt
 from throughline.tracing.answer import find_answer, spell
 from throughline.tracing.baselines import Baseline, OffKind, find_baseline
-from throughline.tracing.faithfulness import measure_faithfulness
+from throughline.tracing.faithfulness import RANDOM_DRAWS, measure_faithfulness
 from throughline.tracing.graph import Graph, LayerNodes, build_graph, measure_scores
 from throughline.tracing.interventions import Effects, Nodes, answers_if_off, switch_off
 from throughline.tracing.linearizing import Linearization
@@ -326,7 +326,7 @@ def _verify(
         num_random=len(by_chance),
         faithfulness=points,
         num_candidates=num_candidates,
-        random_draws=3,
+        random_draws=RANDOM_DRAWS,
         replacement=replacement,
         completeness=completeness,
     )
