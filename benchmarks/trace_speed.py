@@ -76,9 +76,9 @@ def main() -> None:
     if options.row:
         print(measure(options.model, options.features, options.tokens[0]))
         return
-    print(
-        f"{hardware_and_date()}\n\n| model | layers | tokens | features | effects measured | seconds | GiB |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("model", "layers", "tokens", "features", "effects measured", "seconds", "GiB")
+    print(f"{hardware_and_date()}\n")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for num in options.tokens:
         command = [sys.executable, __file__, "--row", "--model", options.model, "--features", str(options.features)]
         print(
