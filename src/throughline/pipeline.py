@@ -24,7 +24,16 @@ from throughline.labelers import LayerText
 from throughline.models import LanguageModel, check_layers, check_model, read_tokenizer
 from throughline.progress import JobNotes
 from throughline.quality import evaluate
-from throughline.records import Comparison, LayerQuality, Trace, TransferInfo, best_labels, span
+from throughline.records import (
+    COVERAGE_COLUMNS,
+    FAMILY_COLUMNS,
+    Comparison,
+    LayerQuality,
+    Trace,
+    TransferInfo,
+    best_labels,
+    span,
+)
 from throughline.registry import LABELERS, METRICS
 from throughline.run_dir import RunDir, digest_key
 from throughline.session import Session
@@ -170,23 +179,43 @@ def label_models(session: Session) -> None:
             continue
         session.say(f"labelling the features of {spec.name}")
         with session.run.step(*step) as files:
-            files.append(session.run.write_table(spec.name, "labels", _label(session, spec.name)))
+            for name, table in _label(session, spec.name).items():
+                files.append(session.run.write_table(spec.name, name, table))
 
 
 def _label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
-    return f"label/{spec.name}", digest_key(_evaluate_step(session, spec)[1], session.study.features.labelers)
+    features = session.study.features
+    return f"label/{spec.name}", digest_key(_evaluate_step(session, spec)[1], features.labelers, *features.predicates)
 
 
-def _label(session: Session, name: str) -> pl.DataFrame:
-    labelers = [LABELERS.load(labeler)() for labeler in session.study.features.labelers]
-    tables = []
+def _label(session: Session, name: str) -> dict[str, pl.DataFrame]:
+    """Labels, and what they cover by the labelers that measure it (those with a method `cover`)."""
+    labelers = [_open_labeler(session, labeler) for labeler in session.study.features.labelers]
+    tables: dict[str, list[pl.DataFrame]] = {
+        "labels": [],
+        "coverage": [pl.DataFrame(schema=COVERAGE_COLUMNS)],
+        "families": [pl.DataFrame(schema=FAMILY_COLUMNS)],
+    }
     for column, layer in enumerate(session.dictionaries(name)):
         texts = [
             _layer_text(session, name, layer, column, codes)
             for codes in (session.selection(name), session.sample(name))
         ]
-        tables += [labeler.label(*texts) for labeler in labelers]
-    return pl.concat(tables).sort("layer", "feature", "source")
+        for labeler in labelers:
+            tables["labels"].append(labeler.label(*texts))
+            if hasattr(labeler, "cover"):
+                coverage, families = labeler.cover(*texts)
+                tables["coverage"].append(coverage)
+                tables["families"].append(families)
+    labels, *others = (pl.concat(parts) for parts in tables.values())
+    return dict(zip(tables, (labels.sort("layer", "feature", "source"), *others), strict=True))
+
+
+def _open_labeler(session: Session, labeler: str) -> Any:
+    """A labeler with the settings of the study's `features` section that its constructor takes, by their names."""
+    made = LABELERS.load(labeler)
+    taken = inspect.signature(made).parameters
+    return made(**{name: v for name, v in session.study.features.model_dump().items() if name in taken})
 
 
 def _layer_text(session: Session, name: str, layer: int, column: int, codes: Codes) -> LayerText:

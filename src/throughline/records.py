@@ -122,6 +122,18 @@ LABEL_COLUMNS = {
     "untrained_f1": pl.Float64,  # best feature of an untrained dictionary of the same shape
 }
 
+COVERAGE_COLUMNS = {
+    "layer": pl.Int32,
+    "dictionary": pl.String,  # trained, or untrained: random directions of the same shape, labelled in the same way
+    "num_live": pl.Int64,  # features that fire on the selection text
+    "over_07": pl.Float64,  # share of these whose label has a held-out F1 above 0.7
+    "over_09": pl.Float64,
+    "num_tokens": pl.Int64,
+}
+FAMILY_COLUMNS = {"layer": pl.Int32, "family": pl.String} | {
+    name: kind for name, kind in LABEL_COLUMNS.items() if name not in ("layer", "source", "threshold")
+}  # the best feature of each family of predicates: units, tens, carry, sum
+
 
 def best_labels(labels: pl.DataFrame, bar: float) -> pl.DataFrame:
     """The best-scored label of each feature, if it reaches `bar`."""
