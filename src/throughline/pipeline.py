@@ -185,7 +185,7 @@ def label_models(session: Session) -> None:
 
 def _label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
     features = session.study.features
-    return f"label/{spec.name}", digest_key(_evaluate_step(session, spec)[1], features.labelers, *features.predicates)
+    return f"label/{spec.name}", digest_key(_evaluate_step(session, spec)[1], [features.labelers, features.predicates])
 
 
 def _label(session: Session, name: str) -> dict[str, pl.DataFrame]:

@@ -197,8 +197,16 @@ def label(run: Run, force: Force = False, device: Device = None, quiet: Quiet = 
 
     with live.Live(quiet or as_json) as news:
         tables = api.label(run, force, device, news.say)
-    bar = api.load_run(run).study().features.bar
-    _print(as_json, {k: t.to_dicts() for k, t in tables.items()}, lambda: render.coverage(tables, bar), quiet)
+    covered, bar = api.coverage(run), api.load_run(run).study().features.bar
+    found = {
+        model: {
+            "labels": labels.to_dicts(),
+            "coverage": covered[model][0].to_dicts(),
+            "families": covered[model][1].to_dicts(),
+        }
+        for model, labels in tables.items()
+    }
+    _print(as_json, found, lambda: render.labels(tables, covered, bar), quiet)
 
 
 @app.command()

@@ -57,6 +57,7 @@ class _Reading(NamedTuple):
 
     texts: tuple[LayerText, LayerText]
     labels: pl.DataFrame
+    predicates: np.ndarray
     families: pl.DataFrame
 
 
@@ -82,13 +83,14 @@ class Concepts:
         select, held = self._find(selection.codes, heldout.codes)
         maxima = maxima_of(selection.untrained)
         choice = choose_predicates(selection.untrained, select, maxima)[0].of_live()
-        untrained_f1 = held_f1(heldout.untrained, held, choice, maxima)
-        read = self._read(selection, heldout)
+        read, N = self._read(selection, heldout), heldout.codes.num_tokens
         rows = [
-            count_covered(heldout, "trained", read.labels["f1"].to_numpy()),
-            count_covered(heldout, "untrained", untrained_f1),
+            count_covered(heldout.layer, "trained", read.predicates, read.labels["f1"].to_numpy(), N),
+            count_covered(
+                heldout.layer, "untrained", choice.predicate, held_f1(heldout.untrained, held, choice, maxima), N
+            ),
         ]
-        return pl.DataFrame(rows, schema=COVERAGE_COLUMNS, orient="row"), read.families
+        return pl.DataFrame(rows, schema=COVERAGE_COLUMNS), read.families
 
     def _read(self, selection: LayerText, heldout: LayerText) -> "_Reading":
         """Labels of features and of families, scored together, since baselines cost most; kept for the other of the two calls."""
@@ -99,10 +101,12 @@ class Concepts:
             live, named = by_feature.of_live(), by_family.of_live()
             choice = Choice(*(np.concatenate(parts) for parts in zip(live, named, strict=True)))
             table = self._score(selection, heldout, choice, maxima)
-            families = [FAMILIES[g] for g in held.families_C[named.predicate]]
-            named_table = table[len(live.f1) :].with_columns(family=pl.Series(families, dtype=pl.String))
-            named_table = named_table.filter(pl.col("family").is_in(SPECIFIC)).select(list(FAMILY_COLUMNS))
-            self._reading = _Reading((selection, heldout), table[: len(live.f1)], named_table)
+            by_name = table[len(live.f1) :].with_columns(
+                family=pl.Series([FAMILIES[g] for g in held.families_C[named.predicate]], dtype=pl.String),
+                selection_f1=named.f1,
+            )
+            by_name = by_name.filter(pl.col("family").is_in(SPECIFIC)).select(list(FAMILY_COLUMNS))
+            self._reading = _Reading((selection, heldout), table[: len(live.f1)], live.predicate, by_name)
         return self._reading
 
     def _score(self, selection: LayerText, heldout: LayerText, choice: Choice, maxima_F: np.ndarray) -> pl.DataFrame:

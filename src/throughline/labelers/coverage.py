@@ -4,8 +4,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from throughline.labelers.choosing import Choice
-from throughline.labelers.scoring import LayerText, f1, measure_pairs
+from throughline.labelers.scoring import f1, measure_pairs
 from throughline.labelers.vocabulary import Predicates
+from throughline.records import COVERAGE_COLUMNS
 
 BARS = (0.7, 0.9)  # held-out F1 that a good label exceeds
 
@@ -25,7 +26,9 @@ def held_f1(features: sp.csr_array, held: Predicates, choice: Choice, maxima_F: 
     return f1(*count_on(features, held.truths(used), at, choice, maxima_F))
 
 
-def count_covered(heldout: LayerText, dictionary: str, f1_F: np.ndarray) -> tuple[int, str, int, float, float, int]:
-    """A row of COVERAGE_COLUMNS from the held-out F1 of every live feature."""
-    shares = (float((f1_F > bar).mean()) if len(f1_F) else 0.0 for bar in BARS)
-    return (heldout.layer, dictionary, len(f1_F), *shares, heldout.codes.num_tokens)
+def count_covered(layer: int, dictionary: str, labels_F: np.ndarray, f1_F: np.ndarray, num_tokens: int) -> dict:
+    """A row of COVERAGE_COLUMNS from the label of every live feature, as words or numbers, and its held-out F1."""
+    shares = [float((f1_F > bar).mean()) if len(f1_F) else 0.0 for bar in BARS]
+    num_labels = len(np.unique(labels_F[f1_F > BARS[0]]))
+    values = (layer, dictionary, len(f1_F), *shares, num_labels, num_tokens)
+    return dict(zip(COVERAGE_COLUMNS, values, strict=True))

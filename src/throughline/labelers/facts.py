@@ -104,7 +104,9 @@ def find_given(view: View, predicates: Sequence[tuple[str, Callable[..., Any]]])
                     f"features.predicates: {path} failed on {document.text[:40]!r}: {type(error).__name__}: {error}"
                 ) from error
             if not isinstance(said, Mapping):
-                raise InputError(f"features.predicates: {path} should return a dict of names, found {type(said).__name__}")
+                raise InputError(
+                    f"features.predicates: {path} should return a dict of names, found {type(said).__name__}"
+                )
             for name, truth in said.items():
                 found.setdefault(str(name), []).append(_tokens_of(truth, view, tokens, f"{path}, {name!r}"))
     return {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
@@ -126,6 +128,8 @@ def _tokens_of(truth: Any, view: View, tokens: slice, where: str) -> np.ndarray:
 
 
 def _is_span(span: Any) -> bool:
-    return isinstance(span, Sequence) and len(span) == 2 and all(
-        isinstance(i, int | np.integer) and not isinstance(i, bool) for i in span
+    return (
+        isinstance(span, Sequence)
+        and len(span) == 2
+        and all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in span)
     )

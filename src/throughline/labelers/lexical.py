@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -113,5 +114,5 @@ def phrase(values: Sequence[int]) -> str:
     """`= 4`, `in 7-9`, `in 9,0,1`."""
     if len(values) == 1:
         return f"= {values[0]}"
-    together = all(b == a + 1 for a, b in zip(values, values[1:], strict=False))
+    together = all(b == a + 1 for a, b in pairwise(values))
     return f"in {values[0]}-{values[-1]}" if together and len(values) > 2 else f"in {','.join(map(str, values))}"

@@ -50,25 +50,32 @@ def add_numbers(builder: Builder, view: View, found: Numbers) -> None:
     digits = list(digit_sets())
     somewhere = np.zeros(view.num_tokens, dtype=np.int64)
     builder.add("", somewhere, [ValueSet("token", [0])], found.places, most_of_place=1)
-    builder.add("digit", found.digit_N, digits, found.places)
+    builder.add("this digit", found.digit_N, digits, found.places)
     for name, values_N in (("the last number", b_N), ("the number before it", a_N), ("the answer", answer_N)):
         for place, unit in ((1, "units"), (10, "tens"), (100, "hundreds")):
             there = values_N >= (place if place > 1 else 0)
             family = unit if unit in ("units", "tens") else "other"
-            builder.add(f"{unit} of {name}", np.where(there, values_N // place % 10, NOWHERE), digits, found.places, family)
+            builder.add(
+                f"{unit} of {name}", np.where(there, values_N // place % 10, NOWHERE), digits, found.places, family
+            )
         builder.add(name, values_N, list(value_sets(values_N)), found.places)
 
     def of_both(values_N: np.ndarray) -> np.ndarray:
         return np.where(both, values_N, NOWHERE)
 
-    total_N, units_N, tens_N = of_both(a_N + b_N), of_both(a_N % 10 + b_N % 10), of_both(a_N // 10 % 10 + b_N // 10 % 10)
+    total_N, units_N, tens_N = (
+        of_both(a_N + b_N),
+        of_both(a_N % 10 + b_N % 10),
+        of_both(a_N // 10 % 10 + b_N // 10 % 10),
+    )
+    # before the sums, since the first of equally good predicates becomes the label
+    yes_no = [ValueSet("carry", [1]), ValueSet("do not carry", [0])]
+    builder.add("units of both numbers", of_both(units_N // 10), yes_no, found.places, "carry")
     builder.add("sum", total_N, list(value_sets(total_N)), found.places, "sum")
     builder.add("units of the sum", of_both(total_N % 10), digits, found.places, "sum")
     builder.add("tens of the sum", of_both(total_N // 10 % 10), digits, found.places, "sum")
     builder.add("units of both numbers sum", units_N, list(sum_sets()), found.places, "units")
     builder.add("tens of both numbers sum", tens_N, list(sum_sets()), found.places, "tens")
-    yes_no = [ValueSet("carry", [1]), ValueSet("do not carry", [0])]
-    builder.add("units of both numbers", of_both(units_N // 10), yes_no, found.places, "carry")
     compared = [ValueSet("than the last", [1]), ValueSet("than the last: no", [0])]
     builder.add("the number before is larger", of_both((a_N > b_N).astype(np.int64)), compared, found.places)
     same = [ValueSet("units", [1])]
@@ -126,7 +133,9 @@ def value_sets(values_N: np.ndarray) -> Iterator[ValueSet]:
             yield ValueSet(f"mod {divisor} = {rest}", there[there % divisor == rest])
     for digits in range(1, MOST_DIGITS + 1):
         low = 10 ** (digits - 1) if digits > 1 else 0
-        yield ValueSet(f"has {digits} digits" if digits > 1 else "has 1 digit", there[(there >= low) & (there < 10**digits)])
+        yield ValueSet(
+            f"has {digits} digits" if digits > 1 else "has 1 digit", there[(there >= low) & (there < 10**digits)]
+        )
 
 
 # ---- reading

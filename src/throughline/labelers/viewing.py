@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class View:
         """Document d has the tokens bounds[d] to bounds[d + 1]."""
         return np.searchsorted(self.documents_N, np.arange(len(self.documents) + 1))
 
-    def neighbour(self, values_N: np.ndarray, step: int, missing: object) -> np.ndarray:
+    def neighbour(self, values_N: np.ndarray, step: int, missing: Any) -> np.ndarray:
         """The value of the token `step` tokens on in the same document."""
         at = np.arange(self.num_tokens) + step
         inside = (at >= 0) & (at < self.num_tokens)

@@ -104,7 +104,7 @@ class Builder:
     ) -> None:
         """The attribute's sets of values, at each place of each division.
 
-        A set that holds most of the values found at a place is not said of it: the place would be the label. Everywhere is no place.
+        A set with most of the values that a place has is not said of that place: the place alone would be the label.
         """
         tokens = np.flatnonzero(values_N != NOWHERE)
         if not len(tokens):
@@ -127,7 +127,7 @@ class Builder:
             self._unions.append(_below(unions_AC[:, kept], sum(c.shape[1] for c in self._cells)))
             at = used[kept]
             self._words += [
-                f"{name} {sets[s].words}".strip() + phrases[p]
+                f"{name} {sets[s].words}".strip() + str(phrases[p])
                 for s, p in zip(at // len(phrases), at % len(phrases), strict=True)
             ]
             self._families += [FAMILIES.index(family)] * len(kept)
@@ -141,22 +141,25 @@ class Builder:
             self.add(words, values_N, [ValueSet("", [0])], Places.everywhere(self._num_tokens), family)
 
     def build(self) -> Predicates:
-        """All of them; of predicates that hold on the same tokens the first is kept."""
+        """All of them; of a family's predicates that hold on the same tokens the first is kept."""
         A = sum(c.shape[1] for c in self._cells)
         if not self._words:
             empty = sp.csr_array((self._num_tokens, 0), dtype=np.float32)
             return Predicates([], np.empty(0, dtype=int), empty, sp.csc_array((0, 0), dtype=np.float32))
         cells_NA = sp.csr_array(sp.hstack(self._cells))
-        unions_AC = sp.csc_array(sp.hstack([sp.csc_array((u.data, u.indices, u.indptr), shape=(A, u.shape[1])) for u in self._unions]))
+        taller = [sp.csc_array((u.data, u.indices, u.indptr), shape=(A, u.shape[1])) for u in self._unions]
+        unions_AC = sp.csc_array(sp.hstack(taller))
         found = Predicates(self._words, np.array(self._families), cells_NA, unions_AC)
         return found.select(_first_of_equals(found))
 
 
 def _first_of_equals(predicates: Predicates) -> np.ndarray:
-    """Predicates that hold on other tokens than all before them: tokens have random weights, whose sums tell sets apart."""
+    """Predicates that hold on other tokens than all before them of their family: tokens have random weights, whose sums tell
+    sets apart."""
     weights_N2 = np.random.default_rng(0).integers(1, 2**32, (predicates.cells_NA.shape[0], 2)).astype(np.float64)
     sums_C2 = predicates.unions_AC.T @ (predicates.cells_NA.T @ weights_N2)  # whole numbers, exact to 2 million tokens
-    return np.sort(np.unique(sums_C2, axis=0, return_index=True)[1])
+    told_C3 = np.column_stack([sums_C2, predicates.families_C])
+    return np.sort(np.unique(told_C3, axis=0, return_index=True)[1])
 
 
 def _members(values_A: np.ndarray, sets: Sequence[ValueSet]) -> tuple[np.ndarray, np.ndarray]:
