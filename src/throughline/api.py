@@ -252,6 +252,18 @@ def _with_labeler(study: Study, labeler: str | None, llm: dict[str, Any] | None)
     return parse_study(tree, "label")
 
 
+def coverage(run: str | Path) -> dict[str, tuple[pl.DataFrame, pl.DataFrame]]:
+    """By model: how many features have a good label (COVERAGE_COLUMNS), and the best of each family (FAMILY_COLUMNS).
+
+    Raises InputError if the run has no labels yet.
+    """
+    opened = load_run(run)
+    return {
+        spec.name: (opened.table(spec.name, "coverage"), opened.table(spec.name, "families"))
+        for spec in opened.study().models
+    }
+
+
 def transfer(
     run: str | Path | RunDir,
     metric: str | None = None,

@@ -28,6 +28,8 @@ from throughline.models import LanguageModel, check_layers, check_model, read_to
 from throughline.progress import JobNotes
 from throughline.quality import evaluate
 from throughline.records import (
+    COVERAGE_COLUMNS,
+    FAMILY_COLUMNS,
     LABEL_COLUMNS,
     Comparison,
     LayerQuality,
@@ -188,7 +190,8 @@ def label_models(session: Session, approve: Approve = refuse) -> None:
             continue
         session.say(f"labelling the features of {spec.name}")
         with session.run.step(*_free_label_step(session, spec)) as files:
-            files.append(session.run.write_table(spec.name, "labels", _label(session, spec.name)))
+            for name, table in _label(session, spec.name).items():
+                files.append(session.run.write_table(spec.name, name, table))
     if pending and session.study.features.asked is not None:
         _ask_for_labels(session, pending, Asking(session, session.study.features.asked), approve)
 
@@ -223,21 +226,40 @@ def _label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
 
 def _free_label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
     """The same step before a language model is asked."""
-    return f"label/{spec.name}", digest_key(_evaluate_step(session, spec)[1], session.study.features.free_labelers)
+    features = session.study.features
+    return f"label/{spec.name}", digest_key(
+        _evaluate_step(session, spec)[1], [features.free_labelers, features.predicates]
+    )
 
 
-def _label(session: Session, name: str) -> pl.DataFrame:
-    labelers = [LABELERS.load(labeler)() for labeler in session.study.features.free_labelers]
-    tables = []
+def _label(session: Session, name: str) -> dict[str, pl.DataFrame]:
+    """Labels, and what they cover by the labelers that measure it (those with a method `cover`)."""
+    labelers = [_open_labeler(session, labeler) for labeler in session.study.features.free_labelers]
+    tables: dict[str, list[pl.DataFrame]] = {
+        "labels": [pl.DataFrame(schema=LABEL_COLUMNS)],
+        "coverage": [pl.DataFrame(schema=COVERAGE_COLUMNS)],
+        "families": [pl.DataFrame(schema=FAMILY_COLUMNS)],
+    }
     for column, layer in enumerate(session.dictionaries(name)):
         texts = [
             _layer_text(session, name, layer, column, codes)
             for codes in (session.selection(name), session.sample(name))
         ]
-        tables += [complete_labels(labeler.label(*texts)) for labeler in labelers]
-    if not tables:
-        return pl.DataFrame(schema=LABEL_COLUMNS)
-    return pl.concat(tables).sort("layer", "feature", "source")
+        for labeler in labelers:
+            tables["labels"].append(complete_labels(labeler.label(*texts)))
+            if hasattr(labeler, "cover"):
+                coverage, families = labeler.cover(*texts)
+                tables["coverage"].append(coverage)
+                tables["families"].append(families)
+    labels, *others = (pl.concat(parts) for parts in tables.values())
+    return dict(zip(tables, (labels.sort("layer", "feature", "source"), *others), strict=True))
+
+
+def _open_labeler(session: Session, labeler: str) -> Any:
+    """A labeler with the settings of the study's `features` section that its constructor takes, by their names."""
+    made = LABELERS.load(labeler)
+    taken = inspect.signature(made).parameters
+    return made(**{name: v for name, v in session.study.features.model_dump().items() if name in taken})
 
 
 def _layer_text(session: Session, name: str, layer: int, column: int, codes: Codes) -> LayerText:

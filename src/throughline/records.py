@@ -155,6 +155,31 @@ def rank_labels(labels: pl.DataFrame, bar: float) -> pl.DataFrame:
     )
 
 
+COVERAGE_COLUMNS = {
+    "layer": pl.Int32,
+    "dictionary": pl.String,  # trained, or untrained: random directions of the same shape, labelled in the same way
+    "num_live": pl.Int64,  # features that fire on the selection text
+    "over_07": pl.Float64,  # share of these whose label has a held-out F1 above 0.7
+    "over_09": pl.Float64,
+    "num_labels": pl.Int64,  # different ones among those above 0.7
+    "num_tokens": pl.Int64,
+}
+FAMILY_COLUMNS = {
+    "layer": pl.Int32,
+    "family": pl.String,  # of predicates: units, tens, carry, sum
+    "feature": pl.Int32,  # with the best F1 for any of these on the selection text
+    "label": pl.String,
+    "selection_f1": pl.Float64,
+    **{name: LABEL_COLUMNS[name] for name in ("f1", "num_positive", "base_f1", "neuron_f1", "untrained_f1")},
+}
+
+
+def best_of_families(families: pl.DataFrame) -> pl.DataFrame:
+    """Of each family the layer whose feature did best on the selection text, which the held-out F1 owes nothing to."""
+    ordered = families.sort("selection_f1", descending=True, maintain_order=True)
+    return ordered.unique("family", keep="first", maintain_order=True).sort("family")
+
+
 def best_labels(labels: pl.DataFrame, bar: float) -> pl.DataFrame:
     """The label of each feature that is best above chance, of those that reach `bar`."""
     reached = rank_labels(labels.filter(reaches(bar)), bar)

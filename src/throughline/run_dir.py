@@ -48,12 +48,14 @@ from throughline.storage import open_storage
 from throughline.study import Study, dump_study, folder_name, parse_study
 
 R = TypeVar("R", bound=Record)
-TABLES = ("features", "examples", "labels", "throughlines")
+TABLES = ("features", "examples", "labels", "coverage", "families", "throughlines")
 MANIFEST, PROGRESS = "manifest", "progress"
 COMMANDS = {
     "features": "features",
     "examples": "features",
     "labels": "label",
+    "coverage": "label",
+    "families": "label",
     "throughlines": "report",
 }  # that make them
 TWIN = "seed_"  # how the folder of a twin begins

@@ -269,6 +269,9 @@ class FeatureSpec(Section):
 
     contexts: int = Field(default=6, ge=1)  # examples from the top, and as many spread over the quantiles
     labelers: list[str] = ["concepts", "tokens"]
+    predicates: list[
+        str
+    ] = []  # functions of the user's, mypackage.module:function, that add to the vocabulary of concepts
     bar: float = Field(default=0.7, ge=0, le=1)  # a label scored below is shown as unlabelled, with its top tokens
     llm: LlmSpec | None = None  # whom the labeler llm asks
 

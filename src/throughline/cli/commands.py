@@ -222,17 +222,25 @@ def label(
     llm = {name: value for name, value in named.items() if value is not None}
     with live.Live(quiet or as_json) as news:
         tables = api.label(run, force, device, news.say, labeler=labeler, llm=llm, approve=_approval(yes))
-    opened = api.load_run(run)
+    opened, covered = api.load_run(run), api.coverage(run)
     study = opened.study()
     asked = [opened.asked(name) for name in tables] if study.features.asked else []
     reports = [report for report in asked if report]
 
     def show() -> None:
-        render.coverage(tables, study.features.bar)
+        render.labels(tables, covered, study.features.bar)
         if reports:
             render.asked_labels(reports, tables, study.features.bar)
 
-    _print(as_json, {k: t.to_dicts() for k, t in tables.items()}, show, quiet)
+    found = {
+        model: {
+            "labels": labels.to_dicts(),
+            "coverage": covered[model][0].to_dicts(),
+            "families": covered[model][1].to_dicts(),
+        }
+        for model, labels in tables.items()
+    }
+    _print(as_json, found, show, quiet)
     if failed := sum(len(report.failed) for report in reports):
         typer.echo(f"{failed} features have no label because calls failed; the same command asks again", err=True)
         raise typer.Exit(1)
