@@ -152,7 +152,26 @@ def make_tables(model: SyntheticModel, *, contexts: int = 3, seed: int = 0) -> d
             text = HOSTILE if (layer, feature) == (0, 5) else CONCEPTS[feature % len(CONCEPTS)]
             f1 = 0.3 if feature == 7 else 0.75 + 0.2 * rng.random()
             if feature < 20:
-                labels.append((layer, feature, text, "concepts", f1, 0.9, 0.85, 0.2, 900, 50_000, 0.1, 0.4, 0.35))
+                labels.append(
+                    (
+                        layer,
+                        feature,
+                        text,
+                        "concepts",
+                        "tokens",
+                        f1,
+                        0.9,
+                        0.85,
+                        0.2,
+                        900,
+                        50_000,
+                        0.1,
+                        0.4,
+                        0.35,
+                        None,
+                        None,
+                    )
+                )
     return {
         name: pl.DataFrame(rows, schema=schema, orient="row")
         for name, rows, schema in (

@@ -30,7 +30,19 @@ LAYERS = (
     {"text", "tokens", "models", "dictionaries"},
     {"harvesting", "codes", "splicing", "pools"},
     {"training", "quality", "features", "labelers", "transfer", "tracing", "comparing", "analyzing", "zoo.training"},
-    {"executors", "session", "journals", "jobs", "planning", "pipeline", "model_card", "interop", "activations", "api"},
+    {
+        "executors",
+        "session",
+        "asking",
+        "journals",
+        "jobs",
+        "planning",
+        "pipeline",
+        "model_card",
+        "interop",
+        "activations",
+        "api",
+    },
     {"figures", "report", "cli", "zoo.__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

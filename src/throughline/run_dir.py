@@ -32,6 +32,7 @@ from throughline.claims import Claim, hold, take
 from throughline.errors import DamagedFileError, InputError
 from throughline.records import (
     Analysis,
+    AskedLabels,
     Comparison,
     JobState,
     LayerQuality,
@@ -41,17 +42,20 @@ from throughline.records import (
     Trace,
     TransferInfo,
     TransferResult,
+    complete_labels,
 )
 from throughline.storage import open_storage
 from throughline.study import Study, dump_study, folder_name, parse_study
 
 R = TypeVar("R", bound=Record)
-TABLES = ("features", "examples", "labels", "throughlines")
+TABLES = ("features", "examples", "labels", "coverage", "families", "throughlines")
 MANIFEST, PROGRESS = "manifest", "progress"
 COMMANDS = {
     "features": "features",
     "examples": "features",
     "labels": "label",
+    "coverage": "label",
+    "families": "label",
     "throughlines": "report",
 }  # that make them
 TWIN = "seed_"  # how the folder of a twin begins
@@ -352,9 +356,34 @@ class RunDir:
             raise InputError(f"{model} has no {table} yet; `throughline {command} {self.place}` makes them")
         self._check_file(f"{command}/{model}", relative)
         try:
-            return pl.read_parquet(self.root / relative)
+            found = pl.read_parquet(self.root / relative)
+            return complete_labels(found) if table == "labels" else found
         except pl.exceptions.PolarsError as error:
             raise self._damaged(relative, error) from error
+
+    def answers(self, model: str) -> Path:
+        """Where a language model's answers about the features of a model are added, a JSON object a line."""
+        relative = self._answers_name(model)
+        self.storage.fetch(relative, keep_unsent=True)
+        return self.root / relative
+
+    def push_answers(self, model: str) -> None:
+        """Send them."""
+        if (self.root / self._answers_name(model)).is_file():
+            self.storage.push(self._answers_name(model))
+
+    @staticmethod
+    def _answers_name(model: str) -> str:
+        return f"models/{folder_name(model)}/llm_answers.jsonl"
+
+    def write_asked(self, asked: AskedLabels) -> str:
+        """Save what asking for a model's labels came to; returns the relative name."""
+        return self.write_record(f"models/{folder_name(asked.model)}/llm.json", asked)
+
+    def asked(self, model: str) -> AskedLabels | None:
+        """What asking for a model's labels came to; None if nobody was asked."""
+        relative = f"models/{folder_name(model)}/llm.json"
+        return self.read_record(relative, AskedLabels) if self.exists(relative) else None
 
     def write_transfer(self, result: TransferResult) -> list[str]:
         """Save a transfer result: arrays and what they mean; returns the relative names."""
