@@ -61,6 +61,7 @@ COMMANDS = {
 TWIN = "seed_"  # how the folder of a twin begins
 CHECKPOINTS, DRIVER, CLAIM = "checkpoints", "driver.json", "claim.json"
 IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
+TRACE_VERSION = Trace.model_fields["version"].default
 REPORTED_PACKAGES = ("throughline", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 
 
@@ -415,20 +416,37 @@ class RunDir:
         return self.write_record(f"traces/{_digest(trace.model, trace.prompt)}.json", trace)
 
     def traces(self) -> list[Trace]:
-        """All saved traces, in a fixed order."""
-        return [
-            self.read_record(name, Trace)
-            for name in self.storage.glob("traces/*.json")
-            if not name.startswith("traces/compare-")
-        ]
+        """All saved traces of this version, in a fixed order."""
+        return [self.read_record(name, Trace) for name in self._trace_files() if not self._is_outdated(name)]
+
+    def _trace_files(self) -> list[str]:
+        return [name for name in self.storage.glob("traces/*.json") if not name.startswith("traces/compare-")]
 
     def write_comparison(self, comparison: Comparison) -> str:
         """Save a comparison."""
         return self.write_record(f"traces/compare-{_digest(*comparison.models, comparison.prompt)}.json", comparison)
 
     def comparisons(self) -> list[Comparison]:
-        """All saved comparisons, in a fixed order."""
-        return [self.read_record(name, Comparison) for name in self.storage.glob("traces/compare-*.json")]
+        """All saved comparisons of traces of this version, in a fixed order."""
+        return [self.read_record(name, Comparison) for name in self._comparison_files() if not self._is_outdated(name)]
+
+    def _comparison_files(self) -> list[str]:
+        return list(self.storage.glob("traces/compare-*.json"))
+
+    def outdated_traces(self) -> list[str]:
+        """Files of traces and comparisons that another version of throughline made, which `traces` and `comparisons` leave out."""
+        return [name for name in (*self._trace_files(), *self._comparison_files()) if self._is_outdated(name)]
+
+    def _is_outdated(self, relative: str) -> bool:
+        """True if it has a trace of another version than `Trace`; False of what cannot be read, which `read_record` names."""
+        try:
+            tree = json.loads(self.read_text(relative))
+        except ValueError:
+            return False
+        if not isinstance(tree, dict):
+            return False
+        traces = tree["traces"].values() if isinstance(tree.get("traces"), dict) else [tree]
+        return any(isinstance(t, dict) and t.get("version") != TRACE_VERSION for t in traces)
 
     def analysis(self) -> Analysis | None:
         """The analysis, if there is one."""
