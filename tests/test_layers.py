@@ -25,6 +25,7 @@ LAYERS = (
         "progress",
         "zoo",
         "throughlines",
+        "intervals",
     },
     {"text", "tokens", "models", "dictionaries"},
     {"harvesting", "codes", "splicing", "pools"},

@@ -33,6 +33,7 @@ from throughline.errors import DamagedFileError, InputError
 from throughline.records import (
     Analysis,
     Comparison,
+    ComparisonTotals,
     JobState,
     LayerQuality,
     Record,
@@ -390,7 +391,7 @@ class RunDir:
         return [
             self.read_record(name, Trace)
             for name in self.storage.glob("traces/*.json")
-            if not name.startswith("traces/compare-")
+            if not name.startswith(("traces/compare-", "traces/totals-"))
         ]
 
     def write_comparison(self, comparison: Comparison) -> str:
@@ -400,6 +401,14 @@ class RunDir:
     def comparisons(self) -> list[Comparison]:
         """All saved comparisons, in a fixed order."""
         return [self.read_record(name, Comparison) for name in self.storage.glob("traces/compare-*.json")]
+
+    def write_totals(self, totals: ComparisonTotals) -> str:
+        """Save what a comparison of many prompts found."""
+        return self.write_record(f"traces/totals-{_digest(*totals.models, *totals.prompts)}.json", totals)
+
+    def totals(self) -> list[ComparisonTotals]:
+        """All saved comparisons of many prompts, in a fixed order."""
+        return [self.read_record(name, ComparisonTotals) for name in self.storage.glob("traces/totals-*.json")]
 
     def analysis(self) -> Analysis | None:
         """The analysis, if there is one."""
