@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 from throughline.figures.style import MISSING_COLOR, MODEL_COLORS, SMALL, new_figure, shorten, shorten_name, styled
-from throughline.records import Comparison, ComparisonTotals, Standing, Standings
+from throughline.records import Comparison, ComparisonTotals, Concept, Standing, Standings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def name_prompts(found: Comparison | ComparisonTotals) -> list[str]:
 def draw_comparison(found: Comparison | ComparisonTotals) -> "Figure":
     """Left, bars from birth to death of each concept in each model, by relative depth (pale: there on less than half of the
     prompts); right, the standings of the active features (thick, with the interval of the universal ones) over those of all live
-    ones (thin), a tick for the ceiling by another seed.
+    ones (thin); dotted, the most that would be universal by the kind of token alone; red, the ceiling by another seed.
     """
     bars = _list_bars(found)
     with styled():
@@ -40,6 +40,8 @@ def draw_comparison(found: Comparison | ComparisonTotals) -> "Figure":
         concepts, shares = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_concepts(concepts, bars, found.models)
         _draw_shares(shares, found.models, found.standings)
+        for axes, corner in ((concepts, "left"), (shares, "right")):
+            figure.legend(*axes.get_legend_handles_labels(), loc=f"outside lower {corner}", ncols=4, frameon=False)
         figure.suptitle(_title(found))
     return figure
 
@@ -49,14 +51,11 @@ def _list_bars(found: Comparison | ComparisonTotals) -> dict[str, dict[str, _Bar
     facts = [c for c in found.concepts if not c.about_token] or list(found.concepts)
     bars: dict[str, dict[str, _Bar]] = {}
     for concept in facts[:MOST_CONCEPTS]:
-        mine: dict[str, _Bar] = {}
-        if isinstance(found, Comparison):
-            mine = {m: _Bar(life.birth, life.death, 1.0) for m, life in concept.lives.items()}  # pyright: ignore
+        if isinstance(concept, Concept):
+            bars[concept.name] = {m: _Bar(life.birth, life.death, 1.0) for m, life in concept.lives.items()}
         else:
-            for model, of_model in concept.models.items():  # pyright: ignore[reportAttributeAccessIssue]
-                if of_model.birth.value is not None:
-                    mine[model] = _Bar(of_model.birth.value, of_model.death.value, of_model.present.value)
-        bars[concept.name] = mine
+            each = {m: (c.birth.value, c.death.value, c.present.value) for m, c in concept.models.items()}
+            bars[concept.name] = {m: _Bar(b, d, s) for m, (b, d, s) in each.items() if b is not None}  # pyright: ignore[reportArgumentType]
     return bars
 
 
@@ -80,7 +79,6 @@ def _draw_concepts(axes: "Axes", bars: dict[str, dict[str, _Bar]], models: list[
     axes.set_title("concepts, from birth to death" if bars else "no labelled feature is active")
     for place, model in enumerate(models):
         axes.plot([], [], color=MODEL_COLORS[place % len(MODEL_COLORS)], linewidth=5, label=shorten_name(model, 24))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.55 / axes.get_figure().get_figheight() - 0.06), ncols=4, frameon=False)  # fmt: skip # pyright: ignore
 
 
 def _draw_shares(axes: "Axes", models: list[str], standings: dict[str, Standings]) -> None:
@@ -96,17 +94,18 @@ def _draw_shares(axes: "Axes", models: list[str], standings: dict[str, Standings
         universal = mine.active["universal"]
         if universal.low is not None and universal.high is not None:
             axes.plot([universal.low, universal.high], [row - 0.12] * 2, color="black", linewidth=1.2)
+        kind = mine.most_universal_by_kind
+        axes.plot([kind] * 2, [row - 0.34, row + 0.38], color="white", linewidth=1.2, linestyle=":")
         if mine.ceiling is not None:
             axes.plot([mine.ceiling] * 2, [row - 0.34, row + 0.38], color="#b34700", linewidth=1.2)
     axes.set_yticks(range(len(models)), [shorten_name(m, 16) for m in models], parse_math=False)
     axes.set_ylim(len(models) - 0.5, -0.5)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of features (thick: active, thin: all live)")
+    axes.set_xlabel("share of features (thick: active, thin: all live; dotted: by kind of token)")
     axes.set_title("partner above chance in the other models", fontsize=SMALL + 1.5)
     for standing, color in STANDING_COLORS.items():
         axes.bar([0], [0], color=color, label=standing)
     axes.plot([], [], color="#b34700", linewidth=1.2, label="ceiling: other seed")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.55 / axes.get_figure().get_figheight() - 0.06), ncols=4, frameon=False)  # fmt: skip # pyright: ignore
 
 
 def _title(found: Comparison | ComparisonTotals) -> str:
