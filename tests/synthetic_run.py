@@ -1,6 +1,7 @@
 """A small but complete run folder from made-up records, for tests of what reads one. Every number is a seeded draw."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,25 @@ from throughline.records import (
     LABEL_COLUMNS,
     TOKEN_KINDS,
     ActiveFeature,
+    Agreement,
     Analysis,
+    Chain,
+    ChainStep,
     Comparison,
     Curve,
+    FaithfulnessPoint,
     Finding,
     Label,
     LayerQuality,
     LayerReading,
     Ribbon,
     SharedFeature,
+    Target,
     Trace,
+    TraceEdge,
     TransferInfo,
     TransferResult,
+    Verification,
 )
 from throughline.run_dir import RunDir
 from throughline.study import parse_study
@@ -144,7 +152,26 @@ def make_tables(model: SyntheticModel, *, contexts: int = 3, seed: int = 0) -> d
             text = HOSTILE if (layer, feature) == (0, 5) else CONCEPTS[feature % len(CONCEPTS)]
             f1 = 0.3 if feature == 7 else 0.75 + 0.2 * rng.random()
             if feature < 20:
-                labels.append((layer, feature, text, "concepts", f1, 0.9, 0.85, 0.2, 900, 50_000, 0.1, 0.4, 0.35))
+                labels.append(
+                    (
+                        layer,
+                        feature,
+                        text,
+                        "concepts",
+                        "tokens",
+                        f1,
+                        0.9,
+                        0.85,
+                        0.2,
+                        900,
+                        50_000,
+                        0.1,
+                        0.4,
+                        0.35,
+                        None,
+                        None,
+                    )
+                )
     return {
         name: pl.DataFrame(rows, schema=schema, orient="row")
         for name, rows, schema in (
@@ -210,8 +237,13 @@ def make_transfer(source: SyntheticModel, target: SyntheticModel, metric: str, s
     return TransferResult(info, arrays)
 
 
-def make_trace(model: SyntheticModel, prompt: str = PROMPT, *, correct: bool = True, seed: int = 0) -> Trace:
-    """Three features a layer; one in three without a label."""
+def make_trace(
+    model: SyntheticModel, prompt: str = PROMPT, *, correct: bool = True, verified: bool = True, seed: int = 0
+) -> Trace:
+    """Three features a layer, one in three without a label; edges between all that causality allows, and two chains.
+
+    The second chain goes through feature 11 of the second layer, which is not shown. Without `verified` nothing is measured.
+    """
     rng = np.random.default_rng([seed, model.d_model, len(prompt)])
     answer = "42" if correct else "41"
     pieces = [*PROMPT_TOKENS, *(" 4", answer[1], "<end>")]
@@ -221,36 +253,12 @@ def make_trace(model: SyntheticModel, prompt: str = PROMPT, *, correct: bool = T
         start += len(piece)
     layers = []
     for layer in range(model.num_layers):
-        features = [
-            ActiveFeature(
-                layer=layer,
-                position=int(rng.integers(0, len(PROMPT_TOKENS))),
-                feature=number,
-                activation=float(0.2 + rng.random() * (1 + layer)),
-                off_value=0.01,
-                effect=float(rng.normal()),
-                predicted_effect=float(rng.normal()),
-                answer_if_off="43" if number == 3 else answer,
-                label=None
-                if number == 7
-                else Label(
-                    text=HOSTILE if (layer, number) == (0, 5) else CONCEPTS[number % len(CONCEPTS)],
-                    source="concepts",
-                    f1=0.97,
-                    precision=0.96,
-                    recall=0.98,
-                    num_positive=900,
-                    base_f1=0.1,
-                    neuron_f1=0.5,
-                    untrained_f1=0.4,
-                ),
-                top_tokens=[" 1", "5", "$"],
-            )
-            for number in (3, 5, 7)
-        ]
+        features = [_make_active(layer, number, answer, rng, verified) for number in (3, 5, 7)]
+        error = float(rng.normal() / 5) if verified else None
         layers.append(
-            LayerReading(layer=layer, features=features, num_active=4.5, fvu=0.12, error_effect=float(rng.normal() / 5))
+            LayerReading(layer=layer, features=features, num_active=4.5, num_nodes=12, fvu=0.12, error_effect=error)
         )
+    last = len(PROMPT_TOKENS) - 1
     return Trace(
         model=model.name,
         prompt=prompt,
@@ -262,14 +270,128 @@ def make_trace(model: SyntheticModel, prompt: str = PROMPT, *, correct: bool = T
         expected="42",
         correct=correct,
         score=6.2,
-        runner_up="41" if correct else "42",
-        off="its mean at that kind of position",
+        targets=[
+            Target(position=last, text=" 4", against=" 3", probability=0.99, score=7.0),
+            Target(position=last + 1, text=answer[1], against="3", probability=0.97, score=5.4),
+        ],
+        off_kind="counterfactual",
+        off="its value in 'What is 15 + 24?' (carry: 1 becomes 0)",
+        against="What is 15 + 24?",
+        linearization="plain",
         layers=layers,
-        num_verified=3 * model.num_layers,
-        prediction_r=0.91,
-        random_effect=0.05,
+        edges=_make_edges(layers, rng, verified),
+        chains=[_make_chain(layers, i, answer, rng, verified) for i in range(2)],
+        verification=_make_verification(model) if verified else None,
         forced=False,
-        notes=["the counterfactual prompt is What is 15 + 24?"],
+        notes=[] if verified else ["nothing was measured"],
+    )
+
+
+def _make_active(layer: int, number: int, answer: str, rng: np.random.Generator, verified: bool) -> ActiveFeature:
+    effects, predicted = rng.normal(size=2).tolist(), rng.normal(size=2).tolist()
+    label = Label(
+        text=HOSTILE if (layer, number) == (0, 5) else CONCEPTS[number % len(CONCEPTS)],
+        source="concepts",
+        f1=0.97,
+        precision=0.96,
+        recall=0.98,
+        num_positive=900,
+        base_f1=0.1,
+        neuron_f1=0.5,
+        untrained_f1=0.4,
+    )
+    return ActiveFeature(
+        layer=layer,
+        position=int(rng.integers(0, len(PROMPT_TOKENS))),
+        feature=number,
+        activation=float(0.2 + rng.random() * (1 + layer)),
+        off_value=0.01,
+        effect=float(np.mean(effects)) if verified else None,
+        predicted_effect=float(np.mean(predicted)),
+        effects=effects if verified else [],
+        predicted_effects=predicted,
+        answer_if_off=("43" if number == 3 else answer) if verified else None,
+        label=None if number == 7 else label,
+        top_tokens=[" 1", "5", "$"],
+        lifetime=(layer, layer + 1) if number == 3 else None,
+    )
+
+
+def _make_edges(layers: list[LayerReading], rng: np.random.Generator, verified: bool) -> list[TraceEdge]:
+    edges = []
+    for below, above in pairwise(layers):
+        for a in below.features:
+            for b in above.features:
+                predicted = float(rng.normal())
+                if a.position <= b.position:
+                    measured = predicted + 0.1 * float(rng.normal()) if verified else None
+                    ends = (a.layer, a.position, a.feature), (b.layer, b.position, b.feature)
+                    edges.append(
+                        TraceEdge(
+                            source=ends[0],
+                            target=ends[1],
+                            predicted=predicted,
+                            measured=measured,
+                            measured_activation=measured,
+                        )
+                    )
+    return edges
+
+
+def _make_chain(
+    layers: list[LayerReading], number: int, answer: str, rng: np.random.Generator, verified: bool
+) -> Chain:
+    """Through the `number`-th feature of every layer, the first two layers in one step."""
+    features = [layer.features[number] for layer in layers]
+    places = [(f.layer, f.position, f.feature) for f in features]
+    if number == 1:
+        places[1] = (places[1][0], places[1][1], 11)
+    rest = [
+        ChainStep(features=[p], label=CONCEPTS[p[2] % len(CONCEPTS)], activation=f.activation, lifetime=None)
+        for p, f in zip(places[2:], features[2:], strict=True)
+    ]
+    lifetime = (0, 1) if number == 0 else None
+    label = HOSTILE if number == 1 else CONCEPTS[3]
+    first = ChainStep(features=places[:2], label=label, activation=features[0].activation, lifetime=lifetime)
+    predicted = float(rng.normal())
+    return Chain(
+        steps=[first, *rest],
+        target=number,
+        predicted=predicted,
+        measured=predicted * 1.1 if verified else None,
+        effect_together=-4.5 if verified else None,
+        answer_if_off=("32" if number == 0 else answer) if verified else None,
+        num_alternatives=number,
+    )
+
+
+def _make_verification(model: SyntheticModel) -> Verification:
+    def agreement(what: str, num: int, r: float | None) -> Agreement:
+        return Agreement(what=what, num=num, pearson=r, slope=1.1, sign=0.95, num_signed=num // 2, shuffled=0.02)
+
+    sizes = (0, 4, 16, 64, 200)
+    return Verification(
+        nodes=agreement("shown features", 6 * model.num_layers, 0.91),
+        controls=agreement("random features", 6 * model.num_layers, 0.62),
+        within=agreement("edges within a position", 40, 0.97),
+        across=agreement("edges between positions", 2, None),
+        random_effect=0.05,
+        num_random=3 * model.num_layers,
+        faithfulness=[
+            FaithfulnessPoint(
+                num=n,
+                faithfulness=n / 200,
+                completeness=1 - n / 200,
+                answer_kept=n > 50,
+                random=n / 400,
+                random_kept=float(n == 200),
+            )
+            for n in sizes
+        ],
+        num_candidates=200,
+        random_draws=3,
+        replacement=0.83,
+        completeness=0.88,
     )
 
 
@@ -289,7 +411,7 @@ def make_comparison(models: tuple[SyntheticModel, ...] = MODELS, prompt: str = P
                     position=reading.position,
                     feature=reading.feature,
                     activation=reading.activation,
-                    effect=reading.effect,
+                    effect=reading.effect or 0.0,
                     label=reading.label.text if reading.label else "",
                     partners=partners,
                     standing=standing,

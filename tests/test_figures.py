@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure
 
 from synthetic_run import (
@@ -37,6 +37,8 @@ from throughline.figures.curves import half_life
 from throughline.figures.matches import GRID, best_matches, share_at_least
 from throughline.figures.ribbons import MOST_BANDS, Flow, band_members
 from throughline.figures.style import color_limits
+from throughline.figures.trace import EDGES_OF_A_BOUNDARY, effect_of, find_lines, place_dots
+from throughline.figures.trace_words import representative
 from throughline.figures.transfer import block_matrix, varies_by
 from throughline.records import Curve, Ribbon
 from throughline.registry import FIGURES
@@ -73,6 +75,8 @@ LARGE_DRAWINGS: dict[str, Callable[[], Figure]] = {
     "persistence of one model": lambda: draw_persistence(make_curves(LARGE[:1])),
     "ribbon": lambda: draw_ribbon(make_ribbon(SyntheticModel("one/deep", 98, 8, 3000)), num_tokens=50_000, seed=0),
     "best_matches": lambda: draw_best_matches([make_transfer(a, b, "matching") for a in LARGE for b in LARGE]),
+    "trace": lambda: draw_trace(make_trace(LARGE[2])),
+    "trace of few layers, not verified": lambda: draw_trace(make_trace(MODELS[2], correct=False, verified=False)),
     "best_matches of one model": lambda: draw_best_matches([make_transfer(LARGE[1], LARGE[1], "matching")]),
 }
 
@@ -159,7 +163,7 @@ def test_no_text_of_large_figures_lies_on_another(name: str):
     assert _written_over(LARGE_DRAWINGS[name]()) == []
 
 
-@pytest.mark.parametrize("name", sorted(DRAWINGS.keys() - {"trace"}))
+@pytest.mark.parametrize("name", sorted(DRAWINGS))
 def test_no_text_of_small_figures_lies_on_another(name: str):
     assert _written_over(DRAWINGS[name]()) == []
 
@@ -288,19 +292,82 @@ def test_ninety_eight_layers_are_drawn_with_their_models_names(tmp_path: Path):
 def test_trace_has_a_dot_for_every_feature_sized_by_activation_and_coloured_by_effect():
     trace = make_trace(MODELS[0])
     figure = draw_trace(trace)
-    shown = [feature for layer in trace.layers for feature in layer.features]
     (dots,) = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
     effects = np.asarray(dots.get_array())
-    assert sorted(effects) == sorted(feature.effect for feature in shown)
+    assert sorted(effects) == sorted(effect_of(feature) for feature in trace.features)
     assert dots.get_clim() == (-max(abs(effects)), max(abs(effects)))
     layer = trace.layers[0].features
     by_effect = dict(zip(effects, dots.get_sizes(), strict=True))
     by_activation = sorted(layer, key=lambda feature: feature.activation)
     assert sorted(layer, key=lambda feature: by_effect[feature.effect]) == by_activation
     words = _words(figure)
-    assert "·1" in words and "answer" in words and "42" in words  # tokens show their spaces
-    strongest = max(shown, key=lambda feature: abs(feature.effect))
+    assert {"·1", "answer", "·4", "2", "over ·3", "over 3"} <= set(words)  # tokens show their spaces
+    strongest = max(trace.features, key=lambda feature: abs(effect_of(feature)))
     assert strongest.label is None or any(word.startswith(strongest.label.text[:10]) for word in words)
+
+
+def test_trace_draws_the_strongest_edges_of_every_boundary_relative_to_the_strongest():
+    trace = make_trace(MODELS[0])
+    lines = find_lines(trace, place_dots(trace))
+    for below in range(MODELS[0].num_layers - 1):
+        edges = sorted((e for e in trace.edges if e.source[0] == below), key=lambda e: -abs(e.measured or 0))
+        drawn = [
+            line for line in lines if int(line.start[0] + 0.5) == below and line.end[0] < MODELS[0].num_layers - 0.5
+        ]
+        assert [line.value for line in drawn] == [edge.measured for edge in edges[:EDGES_OF_A_BOUNDARY]]
+        assert not drawn or drawn[0].strength == 1.0
+    last = trace.layers[-1].features
+    to_answer = [line for line in lines if line.end[0] > MODELS[0].num_layers - 0.5]
+    assert sorted(line.value for line in to_answer) == sorted(effect for f in last for effect in f.effects)
+    (drawn,) = [
+        c
+        for c in draw_trace(trace).axes[0].collections
+        if isinstance(c, LineCollection) and len(c.get_paths()) == len(lines)
+    ]
+    widths = np.asarray(drawn.get_linewidths())
+    assert np.argsort(widths).tolist() == np.argsort([line.strength for line in lines]).tolist()
+    falls = np.asarray(drawn.get_colors())[:, 2] > np.asarray(drawn.get_colors())[:, 0]  # more blue than red
+    assert falls.tolist() == [line.value < 0 for line in lines]
+
+
+def test_traces_chains_are_drawn_with_a_ring_where_they_pass_a_feature_that_is_not_shown():
+    trace = make_trace(MODELS[0])
+    figure = draw_trace(trace)
+    rings = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    hidden = trace.chains[1].steps[0].features[1]
+    assert [float(np.asarray(ring.get_ydata())[0]) for ring in rings] == [hidden[1]]
+    ends = [np.asarray(line.get_ydata())[-1] for line in figure.axes[0].lines if line.get_marker() != "o"]
+    assert ends == pytest.approx([target.position for target in trace.targets])
+
+
+def test_trace_says_what_was_verified_against_which_nulls():
+    words = " ".join(" ".join(_words(draw_trace(make_trace(MODELS[0])))).split())
+    for expected in (
+        "Off: its value in 'What is 15 + 24?' (carry: 1 becomes 0).",
+        "shown features r 0.91 (n = 36), random features r 0.62 (n = 36)",
+        "by 0.05 (mean of 18)",
+        "edges within a position r 0.97 (n = 40), edges between positions no r (n = 2)",
+        "The 64 strongest of 200 nodes keep the answer: faithfulness 0.32 (n = 0: 0.00, random 64: 0.16)",
+        "#5 (layers 0-1)",
+    ):
+        assert expected in words
+    bare = " ".join(_words(draw_trace(make_trace(MODELS[0], verified=False))))
+    assert "Not verified (--no-verify)" in bare and "predicted change of the answer score" in bare
+    assert "not measured" in bare and "r 0.91" not in bare
+
+
+def test_an_unverified_traces_dots_are_coloured_by_prediction():
+    trace = make_trace(MODELS[0], verified=False)
+    (dots,) = [c for c in draw_trace(trace).axes[0].collections if isinstance(c, PathCollection)]
+    assert sorted(np.asarray(dots.get_array())) == sorted(f.predicted_effect for f in trace.features)
+
+
+def test_a_curve_that_keeps_no_answer_is_shown_at_its_largest_and_none_is_said():
+    found = make_trace(MODELS[0]).verification
+    assert found is not None
+    lost = [point.model_copy(update={"answer_kept": False}) for point in found.faithfulness]
+    assert representative(lost) == lost[-1] and representative([]) is None
+    assert representative(found.faithfulness) == found.faithfulness[3]
 
 
 def test_a_wrong_answer_is_said_first_and_dollar_signs_are_not_mathematics():

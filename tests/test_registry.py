@@ -62,7 +62,7 @@ def test_entry_points_extend_and_never_replace(monkeypatch):
         )
 
     monkeypatch.setattr(registry, "entry_points", installed)
-    assert LABELERS.names() == ["concepts", "tokens", "mine"]
+    assert LABELERS.names() == ["concepts", "tokens", "llm", "mine"]
     assert LABELERS.load("mine") is LABELERS.load("tokens")
     assert LABELERS.load("concepts") is not LABELERS.load("mine")
     assert "mine" not in METRICS.names()

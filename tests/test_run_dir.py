@@ -114,6 +114,19 @@ def test_half_written_files_of_a_killed_process_are_ignored(tmp_path):
     assert everything() == before
 
 
+def test_traces_of_another_version_are_left_out_and_named(tmp_path):
+    run = build_run(tmp_path / "run")
+    (kept, *_), (compared,) = run.traces(), run.comparisons()
+    name = run.write_text("traces/old.json", json.dumps({"version": 1, "model": "m", "prediction_r": 0.9}))
+    old = compared.model_dump() | {"prompt": "another", "traces": {"m": {"version": 1}}}
+    other = run.write_text("traces/compare-old.json", json.dumps(old))
+    assert run.traces()[0] == kept and len(run.traces()) == 3 and run.comparisons() == [compared]
+    assert run.outdated_traces() == [name, other]
+    run.write_text(name, '{"version": 2, "model"')  # cut short: not old but damaged, which is said
+    with pytest.raises(DamagedFileError, match=r"old\.json"):
+        run.traces()
+
+
 # ---- steps
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import throughline.tracing.baselines as baselines
+import throughline.tracing.interventions as interventions
 import throughline.tracing.reading as reading
 from builders import WORDS, random_dictionary, random_documents, tiny_model
 from throughline.codes import Codes, encode_text
@@ -21,10 +23,10 @@ from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.features import describe_features
 from throughline.models import LanguageModel, open_model
-from throughline.records import LABEL_COLUMNS, ActiveFeature, Document, Trace
+from throughline.records import LABEL_COLUMNS, ActiveFeature, Document, Trace, Verification
 from throughline.study import ModelSpec
 from throughline.tokens import collect_rows
-from throughline.tracing import TraceInputs, check_prompt, trace_prompt
+from throughline.tracing import TraceInputs, TraceOptions, check_prompt, trace_prompt
 from throughline.tracing.answer import answer_under, find_answer
 from throughline.zoo.texts import sample_problems
 
@@ -82,20 +84,31 @@ def case(request) -> Case:
     return Case(request.getfixturevalue(fixture), prompt)
 
 
-def read(inputs: TraceInputs, prompt: str, num_features: int = 3, **options) -> Trace:
-    return trace_prompt(inputs, prompt, **({"num_features": num_features, "most_answer_tokens": 6} | options))
+def read(inputs: TraceInputs, prompt: str, num_features: int = 3, expected: str | None = None, **options: Any) -> Trace:
+    """A trace with means by role as "off", unless told otherwise."""
+    given = {"num_features": num_features, "most_answer_tokens": 6, "off": "mean"} | options
+    return trace_prompt(inputs, prompt, TraceOptions(**given), expected)
+
+
+@pytest.fixture(autouse=True)
+def means_by_role(request, monkeypatch):
+    """The generator's problems are not used for means, so that they are those of the features' table."""
+    if "similar_problems" not in request.fixturenames:
+        monkeypatch.setattr(baselines, "FEWEST_SIMILAR", 10**9)
 
 
 @pytest.fixture
-def unmeasured(monkeypatch):
-    """Nothing is switched off, for traces of all features of which only the reading matters."""
-    monkeypatch.setattr(
-        reading, "_switch_off", lambda inputs, answer, nodes, score: ([0.0] * len(nodes), [""] * len(nodes))
-    )
+def similar_problems():
+    """Means over the generator's problems."""
 
 
 def features_of(trace: Trace) -> list[ActiveFeature]:
-    return [feature for layer in trace.layers for feature in layer.features]
+    return trace.features
+
+
+def checked(trace: Trace) -> Verification:
+    assert trace.verification is not None
+    return trace.verification
 
 
 # ---- the same by hand: nothing below is shared with the package but the weights
@@ -188,7 +201,8 @@ def test_effects_are_those_of_reruns(case):
     trace = read(*case)
     by_hand = ByHand(case.inputs, trace)
     clean = by_hand.score()
-    assert len(features_of(trace)) == trace.num_verified == 3 * len(case.inputs.dictionaries)
+    assert len(features_of(trace)) == 3 * len(case.inputs.dictionaries)
+    assert checked(trace).nodes.num == len(features_of(trace)) * len(trace.targets)
     for f in features_of(trace):
         with hooked(case.inputs.model, by_hand.hf, f.layer, added(f.position, step_of(case.inputs, f))):
             assert f.effect == pytest.approx(by_hand.score() - clean, abs=1e-4)
@@ -217,7 +231,11 @@ def test_small_changes_do_what_is_predicted(pythia):
             pl.lit([near] * 10, dtype=pl.List(pl.Float64))
         )
         moved = replace(pythia, features=pythia.features.with_columns(role_means=means.otherwise("role_means")))
-        small = [g for g in features_of(read(moved, prompt, 500)) if g.feature == f.feature and g.layer == f.layer]
+        small = [
+            g
+            for g in features_of(read(moved, prompt, 500, verify=True))
+            if g.feature == f.feature and g.layer == f.layer
+        ]
         g = next(g for g in small if g.position == f.position)
         assert g.predicted_effect == pytest.approx(0.01 * f.predicted_effect, rel=0.01, abs=1e-5)
         assert g.effect == pytest.approx(g.predicted_effect, rel=0.1, abs=2e-4)
@@ -244,9 +262,9 @@ def test_error_effect_is_that_of_the_reconstruction(case):
         assert layer.num_active == pytest.approx(float((dictionary.encode(x_TD) > 0).sum(1).float().mean()))
 
 
-def test_activations_are_read_at_their_place(case, unmeasured):
+def test_activations_are_read_at_their_place(case):
     """All features of a prompt: those shown are the active ones, and special tokens have none."""
-    inputs, trace = case.inputs, read(*case, num_features=10_000)
+    inputs, trace = case.inputs, read(*case, num_features=10_000, verify=False)
     ids = [token[0] for token in trace.tokens]
     special = {i for i, token in enumerate(ids) if token in inputs.model.tokenizer.all_special_ids}
     with torch.no_grad():
@@ -257,30 +275,31 @@ def test_activations_are_read_at_their_place(case, unmeasured):
         assert {(f.position, f.feature) for f in layer.features} == active
         for f in layer.features:
             assert f.activation == pytest.approx(float(f_TF[f.position, f.feature]), abs=1e-4)
-        sizes = [abs(f.predicted_effect) for f in layer.features]
-        assert sizes == sorted(sizes, reverse=True)
+        sizes = [float(np.abs(f.predicted_effects).mean()) for f in layer.features]
+        np.testing.assert_allclose(sizes, sorted(sizes, reverse=True), atol=1e-6)
 
 
 def test_the_control_is_as_many_random_features(case, monkeypatch):
-    switched: list[tuple[int, list]] = []
-    original = reading._switch_off
+    switched: list[tuple[int, np.ndarray]] = []
+    original = interventions.switch_off
 
-    def spy(inputs, answer, nodes, score):
-        result = original(inputs, answer, nodes, score)
-        switched.append((len(nodes), result[0]))
+    def spy(subject, nodes, watched=None):
+        result = original(subject, nodes, watched)
+        switched.append((len(nodes), result.scores_NC.mean(1).numpy()))
         return result
 
-    monkeypatch.setattr(reading, "_switch_off", spy)
+    monkeypatch.setattr(reading, "switch_off", spy)
     trace = read(*case)
     assert [n for n, _ in switched] == [2 * len(layer.features) for layer in trace.layers]
     random_effects = [abs(e) for n, effects in switched for e in effects[n // 2 :]]
-    assert trace.random_effect == pytest.approx(np.mean(random_effects))
-    assert trace.random_effect < np.mean([abs(f.effect) for f in features_of(trace)])
+    assert checked(trace).random_effect == pytest.approx(np.mean(random_effects))
+    assert checked(trace).num_random == len(random_effects)
+    assert checked(trace).random_effect < np.mean([abs(f.effect or 0) for f in features_of(trace)])
 
 
 def test_many_at_once_are_as_one_at_a_time(case, monkeypatch):
     together = features_of(read(*case))
-    monkeypatch.setattr(reading, "BATCH", 1)
+    monkeypatch.setattr(interventions, "TOKENS_OF_A_PASS", 1)
     alone = features_of(read(*case))
     for a, b in zip(together, alone, strict=True):
         assert (a.feature, a.answer_if_off) == (b.feature, b.answer_if_off)
@@ -289,9 +308,10 @@ def test_many_at_once_are_as_one_at_a_time(case, monkeypatch):
 
 def test_agreement_is_pearsons_r(pythia):
     trace = read(pythia, "What is 15 + 27?")
-    pairs = np.array([(f.predicted_effect, f.effect) for f in features_of(trace)])
-    assert trace.prediction_r == pytest.approx(np.corrcoef(pairs.T)[0, 1])
-    assert trace.prediction_r > 0.5
+    pairs = np.array([pair for f in features_of(trace) for pair in zip(f.predicted_effects, f.effects, strict=True)])
+    assert checked(trace).nodes.pearson == pytest.approx(np.corrcoef(pairs.T)[0, 1])
+    assert checked(trace).nodes.slope == pytest.approx(pairs[:, 0] @ pairs[:, 1] / (pairs[:, 0] @ pairs[:, 0]))
+    assert checked(trace).nodes.pearson > 0.5 > abs(checked(trace).nodes.shuffled)
 
 
 # ---- what is said when something is off
@@ -307,7 +327,7 @@ def test_answers_under_edits_are_what_the_edited_model_says(pythia, seed):
     with torch.no_grad():
         logits = model.run(model.inputs(np.array([answer.ids])), edits={layer: edit}).logits
     assert logits is not None
-    said = answer_under(model, answer, logits[0], {layer: edit})
+    said = answer_under(model, answer, logits[0, answer.read_P].argmax(-1).tolist(), {layer: edit})
     with hooked(model, model.hf, layer, edit):
         assert said == say(model.hf, ids, model.end_ids, len(answer.answer_ids) + 2)
 
@@ -323,7 +343,7 @@ def test_an_answer_that_no_longer_ends_is_another_answer(pythia, prompt, answer)
     with torch.no_grad():
         logits = model.run(model.inputs(np.array([found.ids])), edits={5: edit}).logits
     assert logits is not None
-    said = answer_under(model, found, logits[0], {5: edit})
+    said = answer_under(model, found, logits[0, found.read_P].argmax(-1).tolist(), {5: edit})
     with hooked(model, model.hf, 5, edit):
         assert said == say(model.hf, found.prompt_ids, model.end_ids, len(found.answer_ids) + 2)
     assert model.tokenizer.decode(said).strip().startswith(answer + "7")
@@ -397,9 +417,9 @@ def test_a_prompt_may_fill_the_context_but_for_one_token(tiny):
 
 
 @pytest.mark.parametrize("prompt", ["What is 15 + 27?", "Zoë adds 3 € 🙂", "What is 15 + 27 🙂", "red\n\n7 "])
-def test_roles_are_those_of_held_out_text(pythia, prompt, unmeasured):
+def test_roles_are_those_of_held_out_text(pythia, prompt):
     """A feature's off value is its mean at the role that `Codes` gives the same token of the same text."""
-    trace = read(pythia, prompt, 10_000)
+    trace = read(pythia, prompt, 10_000, verify=False)
     model = pythia.model
     text = prompt + model.tokenizer.decode([t[0] for t in trace.tokens[trace.num_prompt_tokens :]])
     codes = codes_of(pythia, Document(text, answer_start=len(prompt)))
@@ -433,7 +453,7 @@ def test_the_same_call_gives_the_same_trace(case):
     assert Trace.model_validate_json(trace.model_dump_json()) == trace
     other_seed = read(replace(case.inputs, seed=4), case.prompt)
     assert [f.effect for f in features_of(other_seed)] == pytest.approx([f.effect for f in features_of(trace)])
-    assert other_seed.random_effect != trace.random_effect
+    assert checked(other_seed).random_effect != checked(trace).random_effect
 
 
 # ---- labels
@@ -463,11 +483,11 @@ def test_labels_speak_only_above_their_threshold(pythia):
     assert all(f.label is None for f in read(labelled, prompt, 4).layers[1].features)  # labels of layer 4 only
 
 
-def test_labelled_features_are_shown_beyond_the_strongest(pythia, unmeasured):
+def test_labelled_features_are_shown_beyond_the_strongest(pythia):
     """Two more a layer at most, sure labels first, each feature once."""
     prompt = "What is 15 + 27?"
     strongest = [f.feature for f in read(pythia, prompt, 3).layers[3].features]
-    ranked = [f.feature for f in read(pythia, prompt, 10_000).layers[3].features]
+    ranked = [f.feature for f in read(pythia, prompt, 10_000, verify=False).layers[3].features]
     others = list(dict.fromkeys(f for f in ranked if f not in strongest))
     unsure, silent, sure, late = others[:4]
     rows = [label(5, unsure, 0.0, 0.75), label(5, silent, 1e9), label(5, sure, 0.0), label(5, late, 0.0)]

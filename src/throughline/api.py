@@ -7,7 +7,7 @@ receives a line of news now and then. They return records; nothing is printed.
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,9 +19,10 @@ from throughline.errors import InputError
 from throughline.records import Analysis, Comparison, ComparisonTotals, LayerQuality, Plan, Trace, TransferInfo
 from throughline.registry import METRICS, unknown
 from throughline.run_dir import DRIVER, RunDir
-from throughline.study import DictionarySpec, Study, TrainingSpec, load_study
+from throughline.study import DictionarySpec, Study, TrainingSpec, dump_study, load_study, parse_study
 
 if TYPE_CHECKING:
+    from throughline.asking import Approve
     from throughline.dictionaries import Dictionary
     from throughline.interop import ImportedDictionary
 
@@ -210,15 +211,57 @@ def features(
 
 
 def label(
-    run: str | Path | RunDir, force: bool = False, device: str | None = None, say: Say = silent
+    run: str | Path | RunDir,
+    force: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+    *,
+    labeler: str | None = None,
+    llm: dict[str, Any] | None = None,
+    approve: "Approve | None" = None,
 ) -> dict[str, pl.DataFrame]:
-    """Labels of every feature with their scores, by model (LABEL_COLUMNS)."""
-    with _session(run, device, say) as session:
+    """Labels of every feature with their scores, by model (LABEL_COLUMNS).
+
+    `labeler` is added to the study's, and `llm` changes settings of its `features.llm`; the run's study keeps both. An endpoint
+    is asked only if `approve`, which is told what that costs, returns True.
+    """
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    study = _with_labeler(opened.study(), labeler, llm)
+    with opened.held() if study.features.asked else nullcontext(), _session(opened, device, say) as session:
+        from throughline.asking import check_asked, refuse
         from throughline.pipeline import label_models
 
+        check_asked(study)
         _require_evaluated(session, force)
-        label_models(session)
+        session.study = study
+        label_models(session, approve or refuse)
+        if study != opened.study():
+            opened.write_text("study.yaml", dump_study(study))
         return {spec.name: session.run.table(spec.name, "labels") for spec in session.study.models}
+
+
+def _with_labeler(study: Study, labeler: str | None, llm: dict[str, Any] | None) -> Study:
+    tree = study.model_dump(mode="json")
+    features = tree["features"]
+    if labeler and labeler not in features["labelers"]:
+        features["labelers"] = [*features["labelers"], labeler]
+    if llm:
+        other = {"path": "base_url", "base_url": "path"}  # one takes the place of the other
+        cleared = {other[name]: None for name in llm if name in other}
+        features["llm"] = (features["llm"] or {}) | cleared | llm
+    return parse_study(tree, "label")
+
+
+def coverage(run: str | Path) -> dict[str, tuple[pl.DataFrame, pl.DataFrame]]:
+    """By model: how many features have a good label (COVERAGE_COLUMNS), and the best of each family (FAMILY_COLUMNS).
+
+    Raises InputError if the run has no labels yet.
+    """
+    opened = load_run(run)
+    return {
+        spec.name: (opened.table(spec.name, "coverage"), opened.table(spec.name, "families"))
+        for spec in opened.study().models
+    }
 
 
 def transfer(
@@ -251,15 +294,26 @@ def trace(
     run: str | Path | RunDir,
     prompt: str,
     model: str | None = None,
+    off: str | None = None,
+    against: str | None = None,
+    linearization: str = "plain",
+    settings: list[str] | None = None,
+    verify: bool = True,
     force: bool = False,
     device: str | None = None,
     say: Say = silent,
 ) -> Trace:
-    """One prompt followed through every layer of a model."""
+    """One prompt followed through every layer of a model.
+
+    `off` is mean, counterfactual or zero (None: a counterfactual where one can be made, or else the mean), `against` a
+    counterfactual prompt, `linearization` plain, frozen or integrated, `settings` features set by hand such as
+    "layer=4,feature=237,off" or "layer=4,feature=237,x2".
+    """
     with _session(run, device, say) as session:
         from throughline import pipeline
 
-        return pipeline.trace(session, prompt, model, force)
+        options = pipeline.trace_options(session.study, off, against, linearization, settings or [], verify)
+        return pipeline.trace(session, prompt, model, force, options)
 
 
 def compare(
@@ -361,16 +415,24 @@ def run(
     device: str | None = None,
     say: Say = silent,
     progress: Callable[[Any], None] = ignore,
+    approve: "Approve | None" = None,
 ) -> Finished:
-    """Train, evaluate, describe, label, relate, trace and report; what is done from the same settings is skipped."""
-    with _begin(load_study(study, settings), out, resume, device, say) as session:
+    """Train, evaluate, describe, label, relate, trace and report; what is done from the same settings is skipped.
+
+    A study whose labels an endpoint is asked for needs `approve`, which is told what that costs and returns True or False.
+    """
+    loaded = load_study(study, settings)
+    asked = loaded.features.asked
+    if asked and asked.base_url and approve is None:  # hours before the question would come
+        raise InputError(f"features.labelers has llm, which sends texts to {asked.base_url}; --yes lets it")
+    with _begin(loaded, out, resume, device, say) as session:
         from throughline import pipeline
 
         pipeline.train_models(session, progress)
         pipeline.evaluate_models(session)
         session.require_gate(force)
         pipeline.describe_models(session)
-        pipeline.label_models(session)
+        pipeline.label_models(session, *([approve] if approve else []))
         pipeline.transfer_models(session)
         pipeline.trace_prompts(session, force)
         say("writing the report")

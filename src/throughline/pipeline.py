@@ -8,12 +8,14 @@ setting redoes exactly what it touches.
 
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import polars as pl
 import torch
 
 from throughline import comparing
+from throughline.asking import Approve, Asking, check_asked, refuse
 from throughline.codes import Codes, encode_csr
 from throughline.comparing import Matches, compare_traces
 from throughline.dictionaries import Dictionary, untrained_like
@@ -27,6 +29,9 @@ from throughline.models import LanguageModel, check_layers, check_model, read_to
 from throughline.progress import JobNotes
 from throughline.quality import evaluate
 from throughline.records import (
+    COVERAGE_COLUMNS,
+    FAMILY_COLUMNS,
+    LABEL_COLUMNS,
     Comparison,
     ComparisonTotals,
     LayerQuality,
@@ -34,12 +39,13 @@ from throughline.records import (
     Trace,
     TransferInfo,
     best_labels,
+    complete_labels,
     span,
 )
-from throughline.registry import LABELERS, METRICS
+from throughline.registry import LABELERS, METRICS, unknown
 from throughline.run_dir import RunDir, digest_key
 from throughline.session import Session
-from throughline.study import ModelSpec, Study
+from throughline.study import ASKING, ModelSpec, Study, dump_study
 from throughline.text import read_documents
 from throughline.throughlines import find_throughlines
 from throughline.tokens import encode_prompt, take_documents
@@ -52,6 +58,9 @@ from throughline.tracing import (
     read_prompts,
     trace_prompt,
 )
+from throughline.tracing.baselines import OFF_KINDS
+from throughline.tracing.linearizing import LINEARIZATIONS
+from throughline.tracing.steering import parse_setting
 from throughline.zoo.texts import list_facts, solve
 
 # ---- train
@@ -61,6 +70,7 @@ def check_study(study: Study) -> dict[str, int]:
     """Refuse, before anything is written, what would fail later: a model, layer, text or library that is not there, a prompt
     too long. Returns the depth of each model whose configuration tells it."""
     check_extras(study)
+    check_asked(study)
     depths = {}
     for spec in study.models:
         depth, context = check_model(spec)
@@ -182,31 +192,85 @@ def _features_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
     return f"features/{spec.name}", digest_key(_evaluate_step(session, spec)[1], session.study.features.contexts)
 
 
-def label_models(session: Session) -> None:
-    """Labels of every feature that fires, by the study's labelers."""
-    for spec in session.study.models:
-        step = _label_step(session, spec)
-        if _is_done(session, step):
+def label_models(session: Session, approve: Approve = refuse) -> None:
+    """Labels of every feature that fires, by the study's labelers. A language model is asked last, about what the others have no
+    words for, once `approve` has heard what that costs; calls that failed before are made again."""
+    pending = [spec for spec in session.study.models if not _is_labelled(session, spec)]
+    for spec in pending:
+        if _is_done(session, _free_label_step(session, spec)) or _is_done(session, _label_step(session, spec)):
             continue
         session.say(f"labelling the features of {spec.name}")
-        with session.run.step(*step) as files:
-            files.append(session.run.write_table(spec.name, "labels", _label(session, spec.name)))
+        with session.run.step(*_free_label_step(session, spec)) as files:
+            for name, table in _label(session, spec.name).items():
+                files.append(session.run.write_table(spec.name, name, table))
+    if pending and session.study.features.asked is not None:
+        _ask_for_labels(session, pending, Asking(session, session.study.features.asked), approve)
+
+
+def _ask_for_labels(session: Session, pending: list[ModelSpec], asking: Asking, approve: Approve) -> None:
+    with ExitStack() as stack:
+        tables = {spec.name: session.run.table(spec.name, "labels") for spec in pending}
+        free = {name: table.filter(pl.col("source") != ASKING) for name, table in tables.items()}
+        prepared = [stack.enter_context(asking.prepared(spec.name, free[spec.name])) for spec in pending]
+        asking.require_approval([p.labeler.estimate(p.cases) for p in prepared], approve)
+        for spec, ready in zip(pending, prepared, strict=True):
+            session.say(f"asking about {len(ready.cases):,} features of {spec.name}")
+            with session.run.step(*_label_step(session, spec)) as files:
+                labels, asked = asking.label(ready)
+                session.run.write_text("study.yaml", dump_study(session.study))  # it may ask whom the run's did not
+                table = pl.concat([free[spec.name], labels]).sort("layer", "feature", "source")
+                files.append(session.run.write_table(spec.name, "labels", table))
+                files.append(session.run.write_asked(asked))
+
+
+def _is_labelled(session: Session, spec: ModelSpec) -> bool:
+    """True if all labels are there and no call for one failed."""
+    asked = session.run.asked(spec.name) if session.study.features.asked else None
+    return _is_done(session, _label_step(session, spec)) and not (asked and asked.failed)
 
 
 def _label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
-    return f"label/{spec.name}", digest_key(_evaluate_step(session, spec)[1], session.study.features.labelers)
+    step, free = _free_label_step(session, spec)
+    features = session.study.features
+    return step, digest_key(free, features.bar, features.asked.decisive) if features.asked else free
 
 
-def _label(session: Session, name: str) -> pl.DataFrame:
-    labelers = [LABELERS.load(labeler)() for labeler in session.study.features.labelers]
-    tables = []
+def _free_label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
+    """The same step before a language model is asked."""
+    features = session.study.features
+    return f"label/{spec.name}", digest_key(
+        _evaluate_step(session, spec)[1], [features.free_labelers, features.predicates]
+    )
+
+
+def _label(session: Session, name: str) -> dict[str, pl.DataFrame]:
+    """Labels, and what they cover by the labelers that measure it (those with a method `cover`)."""
+    labelers = [_open_labeler(session, labeler) for labeler in session.study.features.free_labelers]
+    tables: dict[str, list[pl.DataFrame]] = {
+        "labels": [pl.DataFrame(schema=LABEL_COLUMNS)],
+        "coverage": [pl.DataFrame(schema=COVERAGE_COLUMNS)],
+        "families": [pl.DataFrame(schema=FAMILY_COLUMNS)],
+    }
     for column, layer in enumerate(session.dictionaries(name)):
         texts = [
             _layer_text(session, name, layer, column, codes)
             for codes in (session.selection(name), session.sample(name))
         ]
-        tables += [labeler.label(*texts) for labeler in labelers]
-    return pl.concat(tables).sort("layer", "feature", "source")
+        for labeler in labelers:
+            tables["labels"].append(complete_labels(labeler.label(*texts)))
+            if hasattr(labeler, "cover"):
+                coverage, families = labeler.cover(*texts)
+                tables["coverage"].append(coverage)
+                tables["families"].append(families)
+    labels, *others = (pl.concat(parts) for parts in tables.values())
+    return dict(zip(tables, (labels.sort("layer", "feature", "source"), *others), strict=True))
+
+
+def _open_labeler(session: Session, labeler: str) -> Any:
+    """A labeler with the settings of the study's `features` section that its constructor takes, by their names."""
+    made = LABELERS.load(labeler)
+    taken = inspect.signature(made).parameters
+    return made(**{name: v for name, v in session.study.features.model_dump().items() if name in taken})
 
 
 def _layer_text(session: Session, name: str, layer: int, column: int, codes: Codes) -> LayerText:
@@ -344,13 +408,37 @@ def trace(
         options or trace_options(session.study),
         expected=solve(prompt),
     )
-    session.run.write_trace(found)
+    if (
+        found.verification is not None and found.steering is None
+    ):  # a quick look, or a world changed by hand, is no record
+        session.run.write_trace(found)
     return found
 
 
-def trace_options(study: Study) -> TraceOptions:
-    """The study's own way of tracing."""
-    return TraceOptions(num_features=study.trace.features, most_answer_tokens=study.trace.answer_tokens)
+def trace_options(
+    study: Study,
+    off: str | None = None,
+    against: str | None = None,
+    linearization: str = "plain",
+    settings: Sequence[str] = (),
+    verify: bool = True,
+) -> TraceOptions:
+    """The study's way of tracing, and what was asked for beside; InputError for names that there are not."""
+    for name, found, known in (("off", off, OFF_KINDS), ("linearization", linearization, LINEARIZATIONS)):
+        if found is not None and found not in known:
+            raise InputError(unknown(name, found, list(known)))
+    return TraceOptions(
+        num_features=study.trace.features,
+        most_answer_tokens=study.trace.answer_tokens,
+        off=off,  # pyright: ignore[reportArgumentType]  checked above
+        against=against,
+        linearization=linearization,  # pyright: ignore[reportArgumentType]
+        share=study.trace.share,
+        most_nodes=study.trace.nodes,
+        num_chains=study.trace.chains,
+        verify=verify,
+        settings=tuple(parse_setting(text) for text in settings),
+    )
 
 
 def _throughlines(session: Session, name: str) -> pl.DataFrame | None:

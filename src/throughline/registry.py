@@ -82,7 +82,11 @@ METRICS = Registry(
 )
 LABELERS = Registry(
     "labeler",
-    {"concepts": "throughline.labelers.concepts:Concepts", "tokens": "throughline.labelers.tokens:Tokens"},
+    {
+        "concepts": "throughline.labelers.concepts:Concepts",
+        "tokens": "throughline.labelers.tokens:Tokens",
+        "llm": "throughline.labelers.llm:LanguageModelLabels",
+    },
 )
 FIGURES = Registry(
     "figure",

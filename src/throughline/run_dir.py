@@ -32,6 +32,7 @@ from throughline.claims import Claim, hold, take
 from throughline.errors import DamagedFileError, InputError
 from throughline.records import (
     Analysis,
+    AskedLabels,
     Comparison,
     ComparisonTotals,
     JobState,
@@ -42,22 +43,26 @@ from throughline.records import (
     Trace,
     TransferInfo,
     TransferResult,
+    complete_labels,
 )
 from throughline.storage import open_storage
 from throughline.study import Study, dump_study, folder_name, parse_study
 
 R = TypeVar("R", bound=Record)
-TABLES = ("features", "examples", "labels", "throughlines")
+TABLES = ("features", "examples", "labels", "coverage", "families", "throughlines")
 MANIFEST, PROGRESS = "manifest", "progress"
 COMMANDS = {
     "features": "features",
     "examples": "features",
     "labels": "label",
+    "coverage": "label",
+    "families": "label",
     "throughlines": "report",
 }  # that make them
 TWIN = "seed_"  # how the folder of a twin begins
 CHECKPOINTS, DRIVER, CLAIM = "checkpoints", "driver.json", "claim.json"
 IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
+TRACE_VERSION = Trace.model_fields["version"].default
 REPORTED_PACKAGES = ("throughline", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 
 
@@ -352,9 +357,34 @@ class RunDir:
             raise InputError(f"{model} has no {table} yet; `throughline {command} {self.place}` makes them")
         self._check_file(f"{command}/{model}", relative)
         try:
-            return pl.read_parquet(self.root / relative)
+            found = pl.read_parquet(self.root / relative)
+            return complete_labels(found) if table == "labels" else found
         except pl.exceptions.PolarsError as error:
             raise self._damaged(relative, error) from error
+
+    def answers(self, model: str) -> Path:
+        """Where a language model's answers about the features of a model are added, a JSON object a line."""
+        relative = self._answers_name(model)
+        self.storage.fetch(relative, keep_unsent=True)
+        return self.root / relative
+
+    def push_answers(self, model: str) -> None:
+        """Send them."""
+        if (self.root / self._answers_name(model)).is_file():
+            self.storage.push(self._answers_name(model))
+
+    @staticmethod
+    def _answers_name(model: str) -> str:
+        return f"models/{folder_name(model)}/llm_answers.jsonl"
+
+    def write_asked(self, asked: AskedLabels) -> str:
+        """Save what asking for a model's labels came to; returns the relative name."""
+        return self.write_record(f"models/{folder_name(asked.model)}/llm.json", asked)
+
+    def asked(self, model: str) -> AskedLabels | None:
+        """What asking for a model's labels came to; None if nobody was asked."""
+        relative = f"models/{folder_name(model)}/llm.json"
+        return self.read_record(relative, AskedLabels) if self.exists(relative) else None
 
     def write_transfer(self, result: TransferResult) -> list[str]:
         """Save a transfer result: arrays and what they mean; returns the relative names."""
@@ -387,9 +417,12 @@ class RunDir:
         return self.write_record(f"traces/{_digest(trace.model, trace.prompt)}.json", trace)
 
     def traces(self) -> list[Trace]:
-        """All saved traces, in a fixed order."""
+        """All saved traces of this version, in a fixed order."""
+        return [self.read_record(name, Trace) for name in self._trace_files() if not self._is_outdated(name)]
+
+    def _trace_files(self) -> list[str]:
         return [
-            self.read_record(name, Trace)
+            name
             for name in self.storage.glob("traces/*.json")
             if not name.startswith(("traces/compare-", "traces/totals-"))
         ]
@@ -399,8 +432,28 @@ class RunDir:
         return self.write_record(f"traces/compare-{_digest(*comparison.models, comparison.prompt)}.json", comparison)
 
     def comparisons(self) -> list[Comparison]:
-        """All saved comparisons, in a fixed order."""
-        return [self.read_record(name, Comparison) for name in self.storage.glob("traces/compare-*.json")]
+        """All saved comparisons of traces of this version, in a fixed order."""
+        return [self.read_record(name, Comparison) for name in self._comparison_files() if not self._is_outdated(name)]
+
+    def _comparison_files(self) -> list[str]:
+        return list(self.storage.glob("traces/compare-*.json"))
+
+    def outdated_traces(self) -> list[str]:
+        """Files of traces and comparisons that another version of throughline made, which `traces` and `comparisons` leave out."""
+        return [name for name in (*self._trace_files(), *self._comparison_files()) if self._is_outdated(name)]
+
+    def _is_outdated(self, relative: str) -> bool:
+        """True if it has a trace of another version than `Trace`; False of what cannot be read, which `read_record` names."""
+        try:
+            tree = json.loads(self.read_text(relative))
+        except ValueError:
+            return False
+        if not isinstance(tree, dict):
+            return False
+        if "traces" in tree and "standings" not in tree:
+            return True
+        traces = tree["traces"].values() if isinstance(tree.get("traces"), dict) else [tree]
+        return any(isinstance(t, dict) and t.get("version") != TRACE_VERSION for t in traces)
 
     def write_totals(self, totals: ComparisonTotals) -> str:
         """Save what a comparison of many prompts found."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from throughline.errors import InputError
 from throughline.registry import ARCHITECTURES, LABELERS, METRICS, Registry, unknown
 
+ASKING = "llm"  # the labeler that asks a language model
 LONGEST_SHOWN = 60  # characters of a wrong value that an error repeats
 RANDOM_WEIGHTS = " (random weights)"  # how the name of a model without training ends
 
@@ -219,17 +220,77 @@ class EvaluationSpec(Section):
     sample_tokens: int = Field(default=20_000, ge=1)  # for labels and reconstruction, which keep the residual stream
 
 
+class LlmSpec(Section):
+    """The language model that the labeler `llm` asks: at an OpenAI-compatible endpoint (base_url), or in this process (path)."""
+
+    base_url: str | None = None  # such as http://localhost:8000/v1
+    model: str | None = None  # its name there
+    path: str | None = None  # a hub id, a local folder or zoo/NAME
+    api: Literal["chat", "completions"] = "chat"  # completions: for a model without a chat template
+    key_variable: str | None = "OPENAI_API_KEY"  # environment variable with the key; a key itself is never written down
+    features: int = Field(default=20, ge=1)  # of each layer, of those that no other labeler has words for
+    # influential: largest effects in the run's traces first; active: largest sum of activation first
+    order: Literal["active", "influential"] = "active"
+    examples: int = Field(default=20, ge=1)  # contexts of the selection text that a label is made from
+    judged: int = Field(default=20, ge=2)  # held-out contexts in which the feature is active, and as many others
+    per_call: int = Field(default=5, ge=1)  # contexts judged in one answer
+    context: int = Field(default=32, ge=2)  # tokens of a context
+    answer_tokens: int = Field(default=200, ge=1)  # longest answer; a model that reasons aloud needs more
+    price_in: float | None = Field(default=None, ge=0)  # of a million tokens of prompts, in any currency
+    price_out: float | None = Field(default=None, ge=0)  # of a million tokens of answers
+    timeout_seconds: float = Field(default=60, gt=0)  # of one try
+    retries: int = Field(default=5, ge=0)  # after 429, 5xx, time-outs and lost connections, with growing pauses
+    concurrency: int = Field(default=4, ge=1)  # calls at once
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.base_url is None) == (self.path is None):
+            raise ValueError("llm asks either an endpoint (base_url and model) or a local model (path)")
+        if self.base_url is not None and not self.model:
+            raise ValueError("an endpoint is asked for a model by name; give model beside base_url")
+        # neither is repeated: what is wrong may be a key
+        if self.base_url is not None and not re.fullmatch(r"https?://[^\s@?#]+", self.base_url):
+            raise ValueError("base_url should be http(s)://HOST/PATH without user, password, ? and #")
+        if self.key_variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
+            raise ValueError(
+                "key_variable should be the name of an environment variable, such as OPENAI_API_KEY, not a key"
+            )
+        return self
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that change results."""
+        free = {"base_url", "key_variable", "price_in", "price_out", "timeout_seconds", "retries", "concurrency"}
+        return self.model_dump(exclude=free)
+
+
 class FeatureSpec(Section):
     """What is kept of each feature."""
 
     contexts: int = Field(default=6, ge=1)  # examples from the top, and as many spread over the quantiles
     labelers: list[str] = ["concepts", "tokens"]
+    predicates: list[
+        str
+    ] = []  # functions of the user's, mypackage.module:function, that add to the vocabulary of concepts
     bar: float = Field(default=0.7, ge=0, le=1)  # a label scored below is shown as unlabelled, with its top tokens
+    llm: LlmSpec | None = None  # whom the labeler llm asks
 
     @model_validator(mode="after")
     def _known(self) -> Self:
         _require_known("labeler", self.labelers, LABELERS)
+        if ASKING in self.labelers and self.llm is None:
+            raise ValueError("labeler llm needs to know whom to ask: llm: {base_url: …, model: …} or llm: {path: …}")
         return self
+
+    @property
+    def free_labelers(self) -> list[str]:
+        """Those that ask no language model."""
+        return [name for name in self.labelers if name != ASKING]
+
+    @property
+    def asked(self) -> LlmSpec | None:
+        """Whom the labels are asked of; None if nobody is."""
+        return self.llm if ASKING in self.labelers else None
 
 
 class TransferSpec(Section):
@@ -251,6 +312,9 @@ class TraceSpec(Section):
     prompts: list[str] = []
     features: int = Field(default=6, ge=1)  # shown per layer
     answer_tokens: int = Field(default=8, ge=1)  # longest answer
+    share: float = Field(default=0.8, gt=0, le=1)  # of each layer's influence that the graph's nodes carry
+    nodes: int = Field(default=24, ge=1)  # of the graph, per layer at most
+    chains: int = Field(default=3, ge=0)  # per token of the answer
 
 
 class ExecutorSpec(Section):
@@ -394,10 +458,15 @@ def _beside(study: Study, folder: Path) -> Study:
         beside = folder / path
         return str(beside.resolve()) if not Path(path).is_absolute() and beside.exists() else path
 
-    models = [m.model_copy(update={"path": resolve(m.path)}) for m in study.models]
-    return study.model_copy(
-        update={"models": models, "data": study.data.model_copy(update={"path": resolve(study.data.path)})}
-    )
+    changes: dict[str, Any] = {
+        "models": [m.model_copy(update={"path": resolve(m.path)}) for m in study.models],
+        "data": study.data.model_copy(update={"path": resolve(study.data.path)}),
+    }
+    llm = study.features.llm
+    if llm is not None and llm.path is not None:
+        asked = llm.model_copy(update={"path": resolve(llm.path)})
+        changes["features"] = study.features.model_copy(update={"llm": asked})
+    return study.model_copy(update=changes)
 
 
 def _describe_all(error: ValidationError) -> str:

@@ -29,6 +29,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue an existing run
 Force = Annotated[bool, typer.Option("--force", help="go on though dictionaries failed the quality gate")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda[:n] or mps; default the best there is", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print errors only")]
+Yes = Annotated[bool, typer.Option("--yes", help="let labels be asked of an endpoint, whatever that costs")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
@@ -90,6 +91,7 @@ def run(
     settings: Set = None,
     resume: Resume = False,
     force: Force = False,
+    yes: Yes = False,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
@@ -99,7 +101,7 @@ def run(
 
     place = out or _default_place(study, settings)
     with live.Live(quiet, place) as news, _figures_of_the_gate(place, quiet):
-        finished = api.run(study, out, settings, resume, force, device, news.say, news.progress)
+        finished = api.run(study, out, settings, resume, force, device, news.say, news.progress, approve=_approval(yes))
     if not quiet:
         render.finished(finished)
 
@@ -190,15 +192,58 @@ def features(
 
 
 @app.command()
-def label(run: Run, force: Force = False, device: Device = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+def label(
+    run: Run,
+    labeler: Annotated[
+        str | None, typer.Option(help="add a labeler to the study's: llm asks a language model", show_default=False)
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="llm: an OpenAI-compatible URL such as http://localhost:8000/v1", show_default=False),
+    ] = None,
+    llm_model: Annotated[str | None, typer.Option(help="llm: the model's name there", show_default=False)] = None,
+    llm_path: Annotated[
+        str | None, typer.Option(help="llm: a local model in place of an endpoint", show_default=False)
+    ] = None,
+    features: Annotated[
+        int | None, typer.Option(help="llm: ask about so many features of each layer", show_default=False)
+    ] = None,
+    yes: Yes = False,
+    force: Force = False,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
     """Label features, with held-out scores and coverage."""
     from throughline import api
     from throughline.cli import live, render
 
+    named = {"base_url": endpoint, "model": llm_model, "path": llm_path, "features": features}
+    llm = {name: value for name, value in named.items() if value is not None}
     with live.Live(quiet or as_json) as news:
-        tables = api.label(run, force, device, news.say)
-    bar = api.load_run(run).study().features.bar
-    _print(as_json, {k: t.to_dicts() for k, t in tables.items()}, lambda: render.coverage(tables, bar), quiet)
+        tables = api.label(run, force, device, news.say, labeler=labeler, llm=llm, approve=_approval(yes))
+    opened, covered = api.load_run(run), api.coverage(run)
+    study = opened.study()
+    asked = [opened.asked(name) for name in tables] if study.features.asked else []
+    reports = [report for report in asked if report]
+
+    def show() -> None:
+        render.labels(tables, covered, study.features.bar)
+        if reports:
+            render.asked_labels(reports, tables, study.features.bar)
+
+    found = {
+        model: {
+            "labels": labels.to_dicts(),
+            "coverage": covered[model][0].to_dicts(),
+            "families": covered[model][1].to_dicts(),
+        }
+        for model, labels in tables.items()
+    }
+    _print(as_json, found, show, quiet)
+    if failed := sum(len(report.failed) for report in reports):
+        typer.echo(f"{failed} features have no label because calls failed; the same command asks again", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -238,6 +283,22 @@ def trace(
     run: Run,
     prompt: Prompt,
     model: Annotated[str | None, typer.Option(help="which model of the run", show_default=False)] = None,
+    off: Annotated[
+        str | None,
+        typer.Option(help="mean, counterfactual or zero; default a counterfactual where one can be made, or the mean"),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="a counterfactual prompt of as many tokens", show_default=False)
+    ] = None,
+    linearization: Annotated[str, typer.Option(help="plain, frozen or integrated")] = "plain",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="set a feature: layer=4,feature=237,off (or x2, or =1.5)", show_default=False),
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="a quick look: predictions only")] = False,
+    graph: Annotated[
+        Path | None, typer.Option(help="write circuit-tracer's graph JSON to this file too", show_default=False)
+    ] = None,
     force: Force = False,
     device: Device = None,
     quiet: Quiet = False,
@@ -245,11 +306,23 @@ def trace(
 ) -> None:
     """Follow a prompt through every layer of a model."""
     from throughline import api
-    from throughline.cli import live, render
+    from throughline.cli import live, traced
 
     with live.Live(quiet or as_json) as news:
-        found = api.trace(run, prompt, model, force, device, news.say)
-    _print(as_json, found.model_dump(), lambda: render.trace(found), quiet)
+        found = api.trace(run, prompt, model, off, against, linearization, set_, not no_verify, force, device, news.say)
+    if graph is not None:
+        _write_graph(graph, found)
+    _print(as_json, found.model_dump(), lambda: traced.trace(found), quiet)
+
+
+def _write_graph(path: Path, found: Any) -> None:
+    from throughline.circuit_tracer import write_circuit_tracer
+    from throughline.errors import InputError
+
+    try:
+        path.write_text(json.dumps(write_circuit_tracer(found), ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--graph {path} cannot be written: {error.strerror}") from None
 
 
 @app.command()
@@ -355,6 +428,13 @@ def _print(as_json: bool, value: Any, show: Callable[[], None], quiet: bool = Fa
         sys.stdout.write("\n")
     elif not quiet:
         show()
+
+
+def _approval(yes: bool) -> Callable[[str], bool] | None:
+    """Whether calls that may cost money are made: as --yes says, or as is answered on a terminal; None where nobody can answer."""
+    if yes:
+        return lambda cost: True
+    return (lambda cost: typer.confirm("send them?", err=True)) if sys.stdin.isatty() else None
 
 
 def _finite(value: Any) -> Any:

@@ -10,10 +10,21 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from throughline.records import ActiveFeature, LayerQuality, Plan, Trace, TransferResult, best_labels, span
+from throughline.records import (
+    AskedLabels,
+    Label,
+    LayerQuality,
+    Plan,
+    TransferResult,
+    best_labels,
+    best_of_families,
+    reaches,
+    span,
+)
 
 PLAIN_WIDTH = 118
 MOST_JOBS = 40  # that a plan lists one by one
+MOST_NAMED = 6  # features that have no label for the same reason
 
 
 def console() -> Console:
@@ -39,6 +50,8 @@ def finished(done: Any, model: str | None = None) -> None:
     chosen = next((t for t in done.traces if t.model == wanted), None)
     if chosen:
         out.print()
+        from throughline.cli.traced import trace
+
         trace(chosen)
     out.print()
     out.print(f"report: {done.page}", soft_wrap=True)
@@ -84,8 +97,8 @@ def features(tables: dict[str, pl.DataFrame]) -> None:
     console().print(table)
 
 
-def coverage(tables: dict[str, pl.DataFrame], bar: float) -> None:
-    """How many labelled features reach the bar, by model and layer, with the baselines'."""
+def labels(tables: dict[str, pl.DataFrame], covered: dict[str, tuple[pl.DataFrame, pl.DataFrame]], bar: float) -> None:
+    """How many labelled features reach the bar; coverage beside the untrained dictionary's; the best of each family."""
     columns = ("model", "layer", "labelled", f"F1 ≥ {bar}", "F1 ≥ 0.9", "beat neuron and untrained")
     table = _table(*columns)
     for model, frame in tables.items():
@@ -96,11 +109,104 @@ def coverage(tables: dict[str, pl.DataFrame], bar: float) -> None:
                 model,
                 str(layer),
                 str(len(best)),
-                str(int((best["f1"] >= bar).sum())),
-                str(int((best["f1"] >= 0.9).sum())),
-                str(len(best.filter((pl.col("f1") >= bar) & (pl.col("f1") > baseline)))),
+                str(best.filter(reaches(bar)).height),
+                str(best.filter(reaches(0.9)).height),
+                str(best.filter(reaches(bar) & (pl.col("f1") > baseline)).height),  # null without these baselines
             )
-    console().print(table)
+    out = console()
+    out.print(table)
+    if any(len(coverage) for coverage, _ in covered.values()):
+        out.print()
+        out.print(_coverage(covered))
+        out.print(
+            'share of live features whose label from `concepts` has a held-out F1 above 0.7 or 0.9; "untrained": the same'
+        )
+        out.print('of random directions, labelled in the same way; "labels": different ones above 0.7')
+        out.print()
+        out.print(_families(covered))
+
+
+def _coverage(covered: dict[str, tuple[pl.DataFrame, pl.DataFrame]]) -> Table:
+    table = _table("model", "layer", "live", "> 0.7", "untrained", "ratio", "> 0.9", "untrained", "labels", "untrained")
+    for model, (coverage, _) in covered.items():
+        trained, untrained = (coverage.filter(pl.col("dictionary") == d) for d in ("trained", "untrained"))
+        for ours, theirs in zip(trained.iter_rows(named=True), untrained.iter_rows(named=True), strict=True):
+            table.add_row(
+                model,
+                str(ours["layer"]),
+                str(ours["num_live"]),
+                f"{ours['over_07']:.1%}",
+                f"{theirs['over_07']:.1%}",
+                f"{ours['over_07'] / theirs['over_07']:.2f}" if theirs["over_07"] else "–",
+                f"{ours['over_09']:.1%}",
+                f"{theirs['over_09']:.1%}",
+                str(ours["num_labels"]),
+                str(theirs["num_labels"]),
+            )
+    return table
+
+
+def _families(covered: dict[str, tuple[pl.DataFrame, pl.DataFrame]]) -> Table:
+    table = _table("model", "family", "best label", "layer", "feature", "F1", "neuron", "untrained", "n", words=3)
+    for model, (_, families) in covered.items():
+        for row in best_of_families(families).iter_rows(named=True):
+            table.add_row(
+                model,
+                row["family"],
+                shorten(row["label"], 44),
+                str(row["layer"]),
+                f"#{row['feature']}",
+                *(f"{row[name]:.2f}" for name in ("f1", "neuron_f1", "untrained_f1")),
+                str(row["num_positive"]),
+            )
+    return table
+
+
+def asked_labels(reports: list[AskedLabels], tables: dict[str, pl.DataFrame], bar: float) -> None:
+    """What asking a language model came to, by model: scores with n, and features without a label by the reason."""
+    table = _table("model", "asked", "labelled", f"≥ {bar}", "detection BA", "fuzzing BA", "contexts judged", "calls")
+    for asked in reports:
+        own = tables[asked.model].filter(pl.col("measure") == "detection")
+        table.add_row(
+            asked.model,
+            str(asked.num_features),
+            str(asked.num_labelled),
+            str(own.filter(reaches(bar)).height),
+            _mean_and_number(own["balanced_accuracy"]),
+            _mean_and_number(own["fuzzing"]),
+            f"{own['num_tokens'].sum():,}",
+            f"{asked.num_calls:,} + {asked.num_stored:,} stored",
+        )
+    out = console()
+    out.print(table)
+    out.print("BA: balanced accuracy, mean over n labels; 0.5 is chance")
+    for asked in reports:
+        tokens = f"{asked.prompt_tokens:,} tokens of prompts, {asked.answer_tokens:,} of answers"
+        price = "" if asked.price is None else f", {asked.price:.4f} by the prices given"
+        out.print(f"{asked.model}: {tokens}, as {asked.answered_by} counts them{price}", soft_wrap=True)
+        for what, reasons in (
+            ("calls failed", asked.failed),
+            ("answers of no use", asked.unread),
+            ("not asked", asked.left_out),
+        ):
+            _reasons(out, what, reasons)
+
+
+def _reasons(out: Console, what: str, reasons: dict[str, str]) -> None:
+    """Features without a label, those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        listed = ", ".join(names[:MOST_NAMED]) + (
+            f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        )
+        out.print(f"  {what}: {listed}: {reason}", soft_wrap=True)
+
+
+def _mean_and_number(scores: pl.Series) -> str:
+    known = [score for score in scores.to_list() if score is not None]
+    return f"{mean(known):.2f} (n = {len(known)})" if known else "–"
 
 
 def transfers(results: list[TransferResult]) -> None:
@@ -214,7 +320,16 @@ def plan(made: Plan) -> None:
     disk = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in made.disk_bytes.items())
     out.print(f"disk: {disk}", soft_wrap=True)
     for line in made.assumptions:
-        _explain(out, "assumed", line)
+        explain(out, "assumed", line)
+
+
+def explain(out: Console, word: str, meaning: str) -> None:
+    """A word of the output and what it means, the meaning wrapped beside it."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=9, no_wrap=True)
+    grid.add_column()
+    grid.add_row(word, Text(meaning))
+    out.print(grid)
 
 
 def _table_of_jobs(made: Plan) -> Table:
@@ -268,63 +383,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def trace(found: Trace) -> None:
-    """The layered reading of one prompt: the answer first, then the features of each layer with their effects."""
-    out = console()
-    out.print(Text(f'Input: "{found.prompt}"'.ljust(60) + f"model {found.model}"), soft_wrap=True)
-    if found.correct is False:
-        out.print(Text(f'The answer is wrong: "{found.answer}", right is "{found.expected}".', style="bold red"))
-    else:
-        right = " (right)" if found.correct else ""
-        lead = f"lead over the runner-up {found.score:+.1f} logits"
-        out.print(Text(f'Answer "{found.answer}"{right}  p = {found.answer_probability:.2f}  {lead}'), soft_wrap=True)
-    if found.forced:
-        out.print("Dictionaries failed the quality gate; this was made with --force.")
-    for reading in found.layers:
-        out.print()
-        head = f"Layer {reading.layer}".ljust(10)
-        for feature in reading.features:
-            out.print(Text(head + feature_line(found, feature)), soft_wrap=True)
-            head = " " * 10
-        if not reading.features:
-            out.print(head + "no feature is active")
-    out.print()
-    _explain(
-        out,
-        "if off",
-        f"measured change of that lead when this feature, at this position, is set to {found.off}; {found.num_verified} measured",
-    )
-    if found.prediction_r is not None:
-        _explain(
-            out, "predicted", f"by the gradient; prediction and measurement agree with r = {found.prediction_r:.2f}"
-        )
-    _explain(out, "by chance", f"a random active feature, switched off, changes the lead by {found.random_effect:.2f}")
-    for note in found.notes:
-        _explain(out, "note", note)
-
-
-def _explain(out: Console, word: str, meaning: str) -> None:
-    """A word of the output and what it means, the meaning wrapped beside it."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=9, no_wrap=True)
-    grid.add_column()
-    grid.add_row(word, Text(meaning))
-    out.print(grid)
-
-
-def feature_line(found: Trace, feature: ActiveFeature) -> str:
-    """`#45    at " 15"   operand 1 tens = 1     0.85  label F1 0.97  if off: -0.02`."""
-    token = repr(found.tokens[feature.position][1])
-    if feature.label is None:
-        words, score = "unlabelled: " + ", ".join(map(repr, feature.top_tokens[:3])), " " * 13
-    else:
-        words, score = feature.label.text, f"label F1 {feature.label.f1:.2f}"
-    words = shorten(words, 44)
-    said = f'  answers "{feature.answer_if_off}"' if feature.answer_if_off != found.answer else ""
-    return (
-        f"#{feature.feature:<6}at {token:<12} {words:<45}{feature.activation:7.2f}  {score}  "
-        f"if off: {feature.effect:+.2f}{said}"
-    )
+def label_score(label: Label) -> str:
+    """`F1 0.97`, or the balanced accuracy of detection, `BA 0.83`."""
+    return f"F1 {label.f1:.2f}" if label.balanced_accuracy is None else f"BA {label.balanced_accuracy:.2f}"
 
 
 def shorten(words: str, most: int) -> str:

@@ -1,6 +1,6 @@
 """When, in relative depth, each concept appears in a model and when it is gone.
 
-    1. a concept is a family of labels: "carry" of "carry = 1" and "carry = 0"
+    1. a concept is a family of labels: "carry" of "carry = 1" and "carry = 0", "sum of units" of "sum of units ≥ 10, addition"
     2. it is present in a layer if a feature with such a label (F1 above the bar) is active on the prompt or its answer, above
        the activation from which its label speaks
     3. relative depth: layer / last layer with a dictionary, as in the analysis; birth and death are the first and last of these
@@ -26,13 +26,21 @@ from throughline.records import EARLY, Concept, ConceptInModel, ConceptLife, Con
 DEALS = 50
 MOST = 0.5  # share of prompts from which a model is said to have a concept
 _ABOUT_TOKEN = re.compile(r"""(tokens?|after|before) ['"]|.* token$|start of text$""")
+_VALUE = re.compile(r"(.+?) (?:[=≥≤<] .|in \d|mod \d|has \d)")
 
 Facts = Sequence[AbstractSet[str] | None]  # by prompt: what is known to be true of it, by name; None: nothing is known
 
 
 def family_of(label: str) -> str:
     """`carry` of `carry = 1`; a label without a value is its own family."""
-    return label.partition(" = ")[0]
+    found = None if is_about_token(label) else _VALUE.match(label)
+    return found[1] if found else label
+
+
+def families_of(labels: pl.DataFrame) -> list[str]:
+    """The family of each row; the words of a language model are one of their own."""
+    rows = labels.select("label", "source").iter_rows()
+    return [label if source == "llm" else family_of(label) for label, source in rows]
 
 
 def is_about_token(family: str) -> bool:
@@ -60,7 +68,7 @@ class Presence:
         layers, speaks, families = list(readings[0].layers), [], []
         for layer in layers:
             mine = labels.filter(pl.col("layer") == layer)
-            families.append(np.array([number[family_of(label)] for label in mine["label"]], dtype=np.int64))
+            families.append(np.array([number[name] for name in families_of(mine)], dtype=np.int64))
             speaks.append(_speaks(readings, layer, mine["feature"].to_numpy(), mine["threshold"].to_numpy()))
         return cls(layers, names, speaks, families)
 
@@ -102,7 +110,7 @@ def find_presence(
     readings: dict[str, list[PromptReading]], labels: dict[str, pl.DataFrame]
 ) -> tuple[list[str], dict[str, Presence]]:
     """All families of any model, and where each model has them."""
-    names = sorted({family_of(label) for frame in labels.values() for label in frame["label"]})
+    names = sorted({name for frame in labels.values() for name in families_of(frame)})
     return names, {model: Presence.of(mine, labels[model], names) for model, mine in readings.items()}
 
 

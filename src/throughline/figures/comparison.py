@@ -40,8 +40,8 @@ def draw_comparison(found: Comparison | ComparisonTotals) -> "Figure":
         concepts, shares = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_concepts(concepts, bars, found.models)
         _draw_shares(shares, found.models, found.standings)
-        for axes, corner in ((concepts, "left"), (shares, "right")):
-            figure.legend(*axes.get_legend_handles_labels(), loc=f"outside lower {corner}", ncols=4, frameon=False)
+        figure.legend(*concepts.get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False)
+        figure.legend(*shares.get_legend_handles_labels(), loc="outside lower right", ncols=4, frameon=False)
         figure.suptitle(_title(found))
     return figure
 

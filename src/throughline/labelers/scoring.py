@@ -35,15 +35,6 @@ class LayerText:
     residual_ND: np.ndarray
 
 
-class Choice(NamedTuple):
-    """For each of some rows: which predicate and threshold, and the counts they give."""
-
-    predicate: np.ndarray
-    threshold: np.ndarray
-    true_positive: np.ndarray
-    num_active: np.ndarray
-
-
 class Labeler(Protocol):
     """What a labeler's file provides. One instance serves all layers of a model, so it may keep what they share."""
 
@@ -70,26 +61,6 @@ def active_above(features: sp.csr_array, share: float, maxima_F: np.ndarray) -> 
 def overlap(active: sp.csr_array, predicates: sp.csr_array) -> np.ndarray:
     """Tokens on which feature and predicate hold together, dense [F, C]."""
     return (active.T @ predicates).toarray()
-
-
-def choose_predicates(features: sp.csr_array, predicates: sp.csr_array, maxima_F: np.ndarray) -> Choice:
-    """The predicate and threshold with the best F1 for each feature."""
-    num_features = features.shape[1]
-    num_positive_C = _count(predicates)
-    best = np.full(num_features, -1.0)
-    choice = Choice(*(np.zeros(num_features) for _ in range(4)))
-    for share in THRESHOLDS:
-        active = active_above(features, share, maxima_F)
-        num_active_F = _count(active)
-        together = overlap(active, predicates)
-        scores = f1(together, num_active_F[:, None], num_positive_C[None])
-        column = scores.argmax(1)
-        at = np.arange(num_features)
-        better = scores[at, column] > best
-        best = np.where(better, scores[at, column], best)
-        for kept, new in zip(choice, (column, share, together[at, column], num_active_F), strict=True):
-            kept[better] = np.broadcast_to(new, num_features)[better]
-    return choice
 
 
 def measure_pairs(
@@ -188,6 +159,7 @@ def label_table(
             "feature": features,
             "label": words,
             "source": [source] * len(features),
+            "measure": ["tokens"] * len(features),
             "f1": f1(true_positive, num_active, num_positive),
             "precision": true_positive / np.maximum(num_active, 1),
             "recall": true_positive / np.maximum(num_positive, 1),
@@ -197,6 +169,8 @@ def label_table(
             "base_f1": baselines.always,
             "neuron_f1": baselines.neuron,
             "untrained_f1": baselines.untrained,
+            "balanced_accuracy": [None] * len(features),
+            "fuzzing": [None] * len(features),
         },
         schema=LABEL_COLUMNS,
     )

@@ -28,7 +28,7 @@ SMALLEST = 1e-6  # |x| below which an activation's ratio is not formed
 @contextmanager
 def frozen(model: LanguageModel) -> Iterator[None]:
     """Inside, gradients of `model` and of `model.after(layer)` follow the rules above. For one thread at a time."""
-    kept = model.hf.config._attn_implementation
+    kept = model.hf.config._attn_implementation or "sdpa"
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, eager_mask)
     with ExitStack() as stack:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from throughline.errors import InputError
-from throughline.records import Comparison, Trace
+from throughline.records import Comparison, Trace, rank_labels, reaches
 from throughline.run_dir import RunDir
 from throughline.study import Study
 
@@ -53,7 +53,7 @@ def describe_features(
         total += found["features"].height
         kept = _choose_features(found["features"], found["labels"], study.features.bar, named.get(name, set()), quota)
         models[name] = _describe_table(kept, strings)
-        models[name]["labels"] = _describe_labels(kept, found["labels"], strings)
+        models[name]["labels"] = _describe_labels(kept, found["labels"], study.features.bar, strings)
         rounds[name] = _order_examples(kept, found["examples"])
     examples, left_out = _pack_examples(rounds, strings)
     for name in models:
@@ -98,7 +98,7 @@ def _choose_features(
     spoken_of = pl.DataFrame(sorted(named), schema=schema, orient="row").with_columns(named=pl.lit(True))
     chosen = features.join(spoken_of, on=keys, how="left").with_columns(pl.col("named").fill_null(False))
     if labels is not None:
-        good = labels.filter(pl.col("f1") >= bar).select(pl.col(key).cast(schema[key]) for key in keys).unique()
+        good = labels.filter(reaches(bar)).select(pl.col(key).cast(schema[key]) for key in keys).unique()
         chosen = chosen.join(good.with_columns(labelled=pl.lit(True)), on=keys, how="left")
     else:
         chosen = chosen.with_columns(labelled=pl.lit(None, pl.Boolean))
@@ -122,18 +122,21 @@ def _describe_table(features: pl.DataFrame, strings: Strings) -> dict[str, Any]:
     return described
 
 
-def _describe_labels(features: pl.DataFrame, labels: pl.DataFrame | None, strings: Strings) -> dict[str, Any] | None:
-    """Labels with the row of their feature, the best of each feature first."""
+def _describe_labels(
+    features: pl.DataFrame, labels: pl.DataFrame | None, bar: float, strings: Strings
+) -> dict[str, Any] | None:
+    """Labels with the row of their feature, the best of each feature first, and whether they reach the bar."""
     if labels is None:
         return None
     keys = ["layer", "feature"]
     rows = features.select(keys).with_row_index("row")
     labels = labels.cast({key: features.schema[key] for key in keys})
-    joined = labels.with_columns(pl.col("f1").fill_nan(None)).join(rows, on=keys)
-    joined = joined.sort("row", "f1", descending=[False, True], nulls_last=True, maintain_order=True)
+    joined = rank_labels(labels.with_columns(pl.col("f1").fill_nan(None)).join(rows, on=keys), bar)
+    joined = joined.with_columns(reached=reaches(bar).fill_null(False)).sort("row", maintain_order=True)
     numbers = ("row", "f1", "precision", "recall", "threshold", "num_positive", "num_tokens", "base_f1", "neuron_f1")
-    described: dict[str, Any] = {name: joined[name].to_list() for name in (*numbers, "untrained_f1")}
-    return described | {name: strings.column(joined[name].to_list()) for name in ("label", "source")}
+    more = ("untrained_f1", "balanced_accuracy", "fuzzing", "reached")
+    described: dict[str, Any] = {name: joined[name].to_list() for name in (*numbers, *more)}
+    return described | {name: strings.column(joined[name].to_list()) for name in ("label", "source", "measure")}
 
 
 def _order_examples(features: pl.DataFrame, examples: pl.DataFrame | None) -> list[pl.DataFrame]:

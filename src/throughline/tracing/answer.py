@@ -94,17 +94,19 @@ def answer_under(model: LanguageModel, answer: Answer, preferred: list[int], edi
     """What the model says when edited, given the tokens that its edited run over prompt and answer prefers at `read_P`.
 
     Where the edited run agrees with the answer it is kept; from the first token that differs, the end of the text included,
-    the model goes on by itself, for two tokens more than the answer has at most.
+    the model goes on by itself, for two tokens more than the answer has at most, or as many if the answer was cut.
     """
     first, whole = len(answer.prompt_ids) - 1, len(answer.answer_ids)
     agreed = next((i for i in range(whole) if preferred[i] != answer.answer_ids[i]), whole)
     if agreed == whole and not answer.complete:
         return answer.answer_ids
     ends, ids = model.end_ids, answer.ids[: first + 1 + agreed]
-    most = min(model.context, len(answer.ids) + 2)
+    most = min(model.context, len(answer.ids) + (2 if answer.complete else 0))
     token = preferred[agreed]
     while token not in ends and len(ids) < most:
         ids.append(token)
+        if len(ids) == most:
+            break
         logits = model.run(model.inputs(torch.tensor([ids])), edits=edits, last_only=True).logits
         assert logits is not None
         token = int(logits[0, -1].argmax())

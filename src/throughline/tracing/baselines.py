@@ -46,9 +46,8 @@ class Baseline:
     others_C: Int[Tensor, "C"] | None = None  # what the model says after the counterfactual, for each target
 
     def nodes(self, subject: Subject, layer: int) -> Bool[Tensor, "T F"]:
-        """The features to trace: those that differ when off; with the mean, which hardly any is without, only the active ones."""
-        differing_TF = self.differing(subject, layer)
-        return differing_TF & (subject.clean.features[layer] > 0) if self.kind == "mean" else differing_TF
+        """The features to trace: the active ones that differ when off."""
+        return self.differing(subject, layer) & (subject.clean.features[layer] > 0)
 
     def differing(self, subject: Subject, layer: int) -> Bool[Tensor, "T F"]:
         """Features whose value is another when off, at positions that are read."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from throughline.records import FaithfulnessPoint
 from throughline.tracing.baselines import Baseline
-from throughline.tracing.interventions import clean_scores, keep_only
+from throughline.tracing.interventions import keep_only
 from throughline.tracing.linearizing import answer_gradients
 from throughline.tracing.texts import Subject
 
@@ -81,14 +81,14 @@ def measure_faithfulness(subject: Subject, baseline: Baseline, seed: int) -> tup
     active = sum(int((subject.clean.features[layer][subject.kept_T] > 0).sum()) for layer in subject.layers)
     sizes = sorted({n for n in (*SIZES, int(SHARE_ACTIVE * active)) if n < candidates.num} | {candidates.num})
     generator = torch.Generator().manual_seed(seed)
+    drawn_sizes = sizes[1:-1]  # of none and of all there is one draw, which is the ranked one
     ranked = torch.stack([candidates.first(n) for n in sizes])
-    drawn = torch.stack([_draw(candidates.num, n, generator) for n in sizes for _ in range(RANDOM_DRAWS)]).to(
-        ranked.device
-    )
-    logits_BPV = candidates.run(torch.cat([ranked, ~ranked, drawn]))
+    drawn = [_draw(candidates.num, n, generator) for n in drawn_sizes for _ in range(RANDOM_DRAWS)]
+    chosen = [ranked, ~ranked[1:-1], *(row[None].to(ranked.device) for row in drawn)]
+    logits_BPV = candidates.run(torch.cat(chosen))
     answer = subject.answer
     scores_BC = answer.scores(logits_BPV)
-    clean_C, none_C = torch.tensor(clean_scores(subject), device=ranked.device), scores_BC[0]
+    clean_C, none_C = torch.tensor(subject.scores, device=ranked.device), scores_BC[0]
     contested_C = clean_C - none_C >= LEAST_CHANGE
     if not bool(contested_C.any()):
         return [], candidates.num
@@ -96,17 +96,19 @@ def measure_faithfulness(subject: Subject, baseline: Baseline, seed: int) -> tup
     part_B = ((scores_BC[:, contested_C].mean(1) - none) / (whole - none)).tolist()
     kept_B = answer.keeps(logits_BPV).float().tolist()
     k = len(sizes)
+    without = [k - 1, *range(k, 2 * k - 2), 0]  # all but none is all, all but all is none
     points = []
     for i, n in enumerate(sizes):
-        at_random = slice(2 * k + i * RANDOM_DRAWS, 2 * k + (i + 1) * RANDOM_DRAWS)
+        start = 2 * k - 2 + (i - 1) * RANDOM_DRAWS
+        rows = [i] if i in (0, k - 1) else list(range(start, start + RANDOM_DRAWS))
         points.append(
             FaithfulnessPoint(
                 num=n,
                 faithfulness=part_B[i],
-                completeness=part_B[k + i],
+                completeness=part_B[without[i]],
                 answer_kept=bool(kept_B[i]),
-                random=sum(part_B[at_random]) / RANDOM_DRAWS,
-                random_kept=sum(kept_B[at_random]) / RANDOM_DRAWS,
+                random=sum(part_B[row] for row in rows) / len(rows),
+                random_kept=sum(kept_B[row] for row in rows) / len(rows),
             )
         )
     return points, candidates.num

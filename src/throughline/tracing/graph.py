@@ -54,7 +54,7 @@ class LayerNodes:
 
 
 class Boundary(NamedTuple):
-    """What passes from the kept nodes of a layer [M] to those of the next [M'] that are active; rows are targets."""
+    """What passes from the kept nodes of a layer [M] to those of the next [M2]; rows are targets."""
 
     per_unit: Float[Tensor, "M2 M"]
     share_features: Float[Tensor, "M2"]  # of |activation * gradient| over all sources; the rest comes from errors
@@ -116,8 +116,6 @@ def _connect(
         subject, baseline, how, sources.layer, targets.layer, targets.positions_N, targets.features_N
     )
     with torch.no_grad():
-        active_N = (targets.own_N > 0).to(gradients_NTD.dtype)  # what is silent passes nothing on
-        gradients_NTD = gradients_NTD * active_N[:, None, None]
         W_dec = subject.dictionaries[sources.layer].W_dec
         per_unit = torch.einsum("md,nmd->nm", W_dec[sources.features_N], gradients_NTD[:, sources.positions_N])
         return Boundary(per_unit, *_divide(subject, sources, gradients_NTD, per_unit))

@@ -45,13 +45,17 @@ class Effects(NamedTuple):
     linear_NM: Float[Tensor, "N M"]
     activation_NM: Float[Tensor, "N M"]
 
+    def select(self, rows: list[int]) -> "Effects":
+        """The effects of some of the changes."""
+        return Effects(*(values[rows] for values in self))
+
 
 @torch.no_grad()
 def switch_off(subject: Subject, nodes: Nodes, watched: Nodes | None = None) -> Effects:
     """The effects of each node alone, measured; `watched` are features of a later layer whose change is read too."""
     model, answer, layer = subject.model, subject.answer, nodes.layer
     suffix, steps_ND, x_TD = model.after(layer), nodes.steps(subject), subject.clean.x[layer]
-    clean_C = torch.tensor(clean_scores(subject), device=model.device)
+    clean_C = torch.tensor(subject.scores, device=model.device)
 
     def measure(chosen_B: Tensor) -> Effects:
         start_BTD = x_TD.repeat(len(chosen_B), 1, 1)
@@ -92,7 +96,7 @@ def switch_together(subject: Subject, by_layer: Sequence[Nodes]) -> Effects:
     )
     assert output.logits is not None
     none = torch.zeros(num, 0, device=model.device)
-    clean_C = torch.tensor(clean_scores(subject), device=model.device)
+    clean_C = torch.tensor(subject.scores, device=model.device)
     return Effects(answer.scores(output.logits) - clean_C, output.logits.argmax(-1), none, none)
 
 
@@ -106,15 +110,6 @@ def _watch(subject: Subject, watched: Nodes, x_BTD: Tensor) -> tuple[Tensor, Ten
     at_BQD = x_BTD[:, places_Q].float()
     f_BQF = dictionary.encode(at_BQD.flatten(0, 1)).view(*at_BQD.shape[:2], -1)
     return linear_BM, f_BQF[:, which_M, watched.features_N] - watched.own_N
-
-
-def clean_scores(subject: Subject) -> list[float]:
-    """The targets' scores, nothing changed."""
-    with torch.no_grad():
-        answer = subject.answer
-        logits = subject.model.run(subject.model.inputs(torch.tensor([answer.ids])), at=answer.read_P).logits
-        assert logits is not None
-        return answer.scores(logits)[0].tolist()
 
 
 def answers_if_off(subject: Subject, nodes: Nodes, preferred_NP: Tensor) -> list[str]:
@@ -166,7 +161,7 @@ def follow_paths(subject: Subject, first: Nodes, paths: Sequence[Nodes]) -> Floa
     start_NTD = _moved(subject, here, step_ND)
     logits = model.after(here.layer).run(inputs, edits={here.layer: lambda _: start_NTD}, at=answer.read_P).logits
     assert logits is not None
-    return answer.scores(logits) - torch.tensor(clean_scores(subject), device=model.device)
+    return answer.scores(logits) - torch.tensor(subject.scores, device=model.device)
 
 
 def _moved(subject: Subject, nodes: Nodes, step_ND: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def answer_gradients(subject: Subject, baseline: Baseline, how: Linearization) -
     starts_STD = streams_between(subject.clean.x[first], stream_of(subject, baseline, first), how, STEPS)
     nudges = {layer: torch.zeros_like(starts_STD, requires_grad=True) for layer in layers}
     edits = {layer: (lambda x, nudge=nudge: x + nudge) for layer, nudge in nudges.items()}
-    edits[first] = lambda _: starts_STD + nudges[first]
+    edits[first] = lambda x, nudge=nudges[first]: starts_STD + nudge
     suffix = model.after(first)
     with torch.enable_grad(), linearized(model, how):
         ids = torch.tensor([answer.ids] * len(starts_STD))

@@ -24,10 +24,11 @@ from throughline.records import ActiveFeature, Label, LayerReading, Place, Targe
 from throughline.tokens import encode_prompt
 from throughline.tracing.answer import find_answer, spell
 from throughline.tracing.baselines import Baseline, OffKind, find_baseline
-from throughline.tracing.faithfulness import measure_faithfulness
+from throughline.tracing.faithfulness import RANDOM_DRAWS, measure_faithfulness
 from throughline.tracing.graph import Graph, LayerNodes, build_graph, measure_scores
-from throughline.tracing.interventions import Effects, Nodes, answers_if_off, clean_scores, switch_off
+from throughline.tracing.interventions import Effects, Nodes, answers_if_off, switch_off
 from throughline.tracing.linearizing import Linearization
+from throughline.tracing.steering import Setting, check_settings, steer
 from throughline.tracing.telling import tell_chains
 from throughline.tracing.texts import Subject, find_subject
 from throughline.tracing.verifying import NOTICEABLE, agree, draw_controls, split_edges
@@ -104,6 +105,7 @@ class TraceOptions:
     most_nodes: int = 24  # kept per layer
     num_chains: int = 3  # per target
     verify: bool = True
+    settings: tuple[Setting, ...] = ()  # features set by hand
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
     tokens = encode_prompt(model.tokenizer, prompt)
     answer = find_answer(model, [t.id for t in tokens], options.most_answer_tokens)
     subject = find_subject(model, inputs.dictionaries, prompt, tokens, answer)
+    check_settings(subject, options.settings)
     baseline = find_baseline(subject, options.off, options.against, inputs.role_means)
     if baseline.others_C is not None:
         subject = subject.held_against(baseline.others_C)
@@ -134,7 +137,7 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
     shown = _choose_shown(inputs, subject, graph, options)
     if options.verify:
         shown = {layer: _measure(subject, graph, layer, mine) for layer, mine in shown.items()}
-    scores = clean_scores(subject)
+    scores = subject.scores
     text = spell(model, answer.prompt_ids, answer.answer_ids)
     return Trace(
         model=model.name,
@@ -156,6 +159,7 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
         edges=_list_edges(graph, shown),
         chains=tell_chains(inputs, subject, graph, options.num_chains, options.verify),
         verification=_verify(inputs, subject, baseline, graph, shown) if options.verify else None,
+        steering=steer(inputs, subject, baseline, options.settings) if options.settings else None,
         forced=inputs.forced,
         notes=_notes(subject, text, expected),
     )
@@ -221,7 +225,7 @@ def _measure_error(subject: Subject, layer: int) -> float:
     inputs = suffix.inputs(torch.tensor([subject.answer.ids]))
     logits = suffix.run(inputs, edits={layer: lambda _: x_TD[None]}, at=subject.answer.read_P).logits
     assert logits is not None
-    return float(subject.answer.scores(logits).mean()) - float(np.mean(clean_scores(subject)))
+    return float(subject.answer.scores(logits).mean()) - float(np.mean(subject.scores))
 
 
 def _describe(inputs: TraceInputs, layer: LayerNodes, i: int, shown: Shown) -> ActiveFeature:
@@ -262,7 +266,7 @@ def _list_edges(graph: Graph, shown: Mapping[int, Shown]) -> list[TraceEdge]:
         below, above = graph.layers[layer], graph.layers[_after(graph, layer)]
         column = {int(n): i for i, n in enumerate(below.kept_M)}
         row = {int(n): i for i, n in enumerate(above.kept_M)}
-        wanted = [n for n in shown[above.nodes.layer].numbers.tolist() if n in row and above.nodes.own_N[n] > 0]
+        wanted = [n for n in shown[above.nodes.layer].numbers.tolist() if n in row]
         for i, source in enumerate(shown[layer].numbers.tolist()):
             for target in wanted if source in column else []:
                 if below.nodes.positions_N[source] > above.nodes.positions_N[target]:
@@ -301,8 +305,8 @@ def _verify(
         random_predicted.append(both[n:])
         measured.append(effects[:n])
         random_measured.append(effects[n:])
-    noticeable = NOTICEABLE * abs(float(np.mean(clean_scores(subject))))
-    within, across = (np.concatenate(part, axis=1) for part in _edges_of(graph, shown))
+    noticeable = NOTICEABLE * abs(float(np.mean(subject.scores)))
+    within, across = _edges_of(graph, shown)
     by_chance = np.concatenate(random_measured).mean(1)
     points, num_candidates = measure_faithfulness(subject, baseline, inputs.seed)
     replacement, completeness = measure_scores(subject, graph)
@@ -316,19 +320,19 @@ def _verify(
             noticeable,
             inputs.seed,
         ),
-        within=agree("edges within a position", *within, largest[0], inputs.seed),
-        across=agree("edges between positions", *across, largest[1], inputs.seed),
+        within=agree("edges within a position", within[0], within[1], largest[0], inputs.seed),
+        across=agree("edges between positions", across[0], across[1], largest[1], inputs.seed),
         random_effect=float(np.abs(by_chance).mean()) if len(by_chance) else 0.0,
         num_random=len(by_chance),
         faithfulness=points,
         num_candidates=num_candidates,
-        random_draws=3,
+        random_draws=RANDOM_DRAWS,
         replacement=replacement,
         completeness=completeness,
     )
 
 
-def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[np.ndarray, np.ndarray]:
     """All pairs of a measured node that is kept and a kept feature of the next layer, within and between positions."""
     none = np.zeros((2, 0))
     sources, targets, predicted, effects = {}, {}, {}, {}
@@ -341,9 +345,9 @@ def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[list[np.ndarray
         targets[layer] = graph.layers[_after(graph, layer)].kept
         steps = (sources[layer].off_N - sources[layer].own_N)[:, None]
         predicted[layer] = (steps * boundary.per_unit[:, columns].T).cpu().numpy()
-        effects[layer] = Effects(*(t[rows] for t in mine.effects))
+        effects[layer] = mine.effects.select(rows)
     within, across = split_edges(sources, targets, predicted, effects)
-    return within or [none], across or [none]
+    return np.concatenate([none, *within], axis=1), np.concatenate([none, *across], axis=1)
 
 
 def _targets(subject: Subject, scores: list[float]) -> list[Target]:

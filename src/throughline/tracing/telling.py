@@ -28,20 +28,22 @@ def tell_chains(inputs: "TraceInputs", subject: Subject, graph: Graph, num_chain
     ]
     if not found:
         return []
+    effects = [_predict(graph, layer, i, found) for i, layer in enumerate(layers)]
     by_layer = [_gather(graph, layer, [path.nodes[i] for _, path in found]) for i, layer in enumerate(layers)]
+    each = list(zip(enumerate(found), zip(*effects, strict=True), strict=True))
     if not measure:
-        return [_tell(inputs, by_layer, i, target, path) for i, (target, path) in enumerate(found)]
+        return [_tell(inputs, by_layer, i, target, path, e) for (i, (target, path)), e in each]
     along = follow_paths(subject, by_layer[0], by_layer[1:])
     together = switch_together(subject, by_layer)
     chains = []
-    for i, (target, path) in enumerate(found):
+    for (i, (target, path)), predicted in each:
         edits = {n.layer: add_at(int(n.positions_N[i]), n.steps(subject)[i]) for n in by_layer}
         measured = {
             "measured": float(along[i, target]),
-            "effect_together": float(together.scores_NC[i, target]),
+            "measured_together": float(together.scores_NC[i, target]),
             "answer_if_off": say_under(subject, together.preferred_NP[i], edits),
         }
-        chains.append(_tell(inputs, by_layer, i, target, path).model_copy(update=measured))
+        chains.append(_tell(inputs, by_layer, i, target, path, predicted).model_copy(update=measured))
     return chains
 
 
@@ -51,7 +53,15 @@ def _gather(graph: Graph, layer: int, numbers: list[int]) -> Nodes:
     return kept.select(torch.tensor(numbers, device=kept.features_N.device))
 
 
-def _tell(inputs: "TraceInputs", by_layer: Sequence[Nodes], i: int, target: int, path: Path) -> Chain:
+def _predict(graph: Graph, layer: int, i: int, found: Sequence[tuple[int, Path]]) -> list[float]:
+    """The predicted effect of each chain's node in a layer on the chain's target."""
+    mine = graph.layers[layer]
+    return [float(mine.predicted_NC[mine.kept_M[path.nodes[i]], target]) for target, path in found]
+
+
+def _tell(
+    inputs: "TraceInputs", by_layer: Sequence[Nodes], i: int, target: int, path: Path, predicted: Sequence[float]
+) -> Chain:
     places = [(n.layer, int(n.positions_N[i]), int(n.features_N[i])) for n in by_layer]
     activation = {place: float(n.own_N[i]) for place, n in zip(places, by_layer, strict=True)}
     numbers = {place: life[0] for place, life in inputs.lives.items()}
@@ -72,7 +82,8 @@ def _tell(inputs: "TraceInputs", by_layer: Sequence[Nodes], i: int, target: int,
         target=target,
         predicted=path.predicted,
         measured=None,
-        effect_together=None,
+        predicted_together=sum(predicted),
+        measured_together=None,
         answer_if_off=None,
         num_alternatives=path.num_alternatives,
     )

@@ -5,6 +5,7 @@ x = decode(f) + error      f = encode(x)
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -57,6 +58,14 @@ class Subject:
     def held_against(self, others_C: Tensor) -> "Subject":
         """The same, its answer's tokens held against others."""
         return replace(self, answer=self.answer.against(others_C))
+
+    @cached_property
+    def scores(self) -> list[float]:
+        """The targets' scores, nothing changed."""
+        with torch.no_grad():
+            logits = self.model.run(self.model.inputs(torch.tensor([self.answer.ids])), at=self.answer.read_P).logits
+            assert logits is not None
+            return self.answer.scores(logits)[0].tolist()
 
     @property
     def kept_T(self) -> Bool[Tensor, "T"]:

@@ -58,15 +58,14 @@ def split_edges(
     predicted: Mapping[int, np.ndarray],
     effects: Mapping[int, Effects],
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Predicted and measured changes of all pairs (shown node, kept active feature of the next layer), [2, E]: within a position,
+    """Predicted and measured changes of all pairs (shown node, kept feature of the next layer), [2, E]: within a position,
     and from one position to a later one."""
     within, across = [], []
     for layer, prediction in predicted.items():
         measured = effects[layer].linear_NM.cpu().numpy()
-        active = (targets[layer].own_N > 0).cpu().numpy()
         here, there = (n.positions_N.cpu().numpy() for n in (sources[layer], targets[layer]))
-        same = (here[:, None] == there[None]) & active[None]
-        later = (here[:, None] < there[None]) & active[None]
+        same = here[:, None] == there[None]
+        later = here[:, None] < there[None]
         for mask, into in ((same, within), (later, across)):
             into.append(np.stack([prediction[mask], measured[mask]]))
     return within, across

@@ -411,7 +411,7 @@ function indexFeatures() {
       const own = labels.get(i) || [];
       const best = own.length ? own[0] : null;
       const f1 = best === null ? null : table.labels.f1[best];
-      const labelled = best !== null && f1 !== null && f1 >= data.study.bar;
+      const labelled = best !== null && table.labels.reached[best];
       const top = table.top_tokens[i].map((n) => data.strings[n]);
       const label = labelled ? data.strings[table.labels.label[best]] : null;
       const entry = { model, table, i, feature, layer: table.layer[i], labels: own, f1: labelled ? f1 : null, label, top, examples: examples.get(i) || [],
@@ -442,6 +442,10 @@ function drawContext(table, i) {
 function labelScores(table, i) {
   const l = table.labels;
   const score = (name, value, why) => h("span", { title: why }, h("i", {}, name), " ", h("b", {}, fixed(value, 2)));
+  if (data.strings[l.measure[i]] === "detection")
+    return h("div", { class: "scores" }, score("balanced accuracy", l.balanced_accuracy[i], "of detection: a language model judged by the label in which held-out contexts the feature is active; 0.5 by chance"),
+      score("F1", l.f1[i], "of detection"), score("precision", l.precision[i]), score("recall", l.recall[i]), score("base F1", l.base_f1[i], "F1 of always saying yes"),
+      score("fuzzing", l.fuzzing[i], "balanced accuracy of judging whether the right tokens are marked"), h("span", {}, h("i", {}, "n"), " ", `${count(l.num_positive[i])} of ${count(l.num_tokens[i])} contexts`));
   return h("div", { class: "scores" }, score("F1", l.f1[i], "on held-out text"), score("precision", l.precision[i]), score("recall", l.recall[i]),
     score("base F1", l.base_f1[i], "F1 of always saying yes"), score("best neuron's F1", l.neuron_f1[i], "best single coordinate of the residual stream"),
     score("untrained F1", l.untrained_f1[i], "best feature of an untrained dictionary of the same shape"),
