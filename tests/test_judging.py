@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from builders import make_codes, random_documents
 from throughline.analyzing import analyze_run
-from throughline.cli.render import asked_labels, coverage, label_score
+from throughline.cli.render import asked_labels, label_score, labels
 from throughline.labelers.contexts import Context, Contexts, corrupt
 from throughline.labelers.judging import LONGEST_LABEL, read_judgements, read_label, score
 from throughline.labelers.llm import STOP_AFTER, Cost, LanguageModelLabels, price_of
@@ -369,8 +369,8 @@ def test_what_is_judged_beats_no_neuron():
     assert (finding.numbers["labelled"], finding.numbers["beyond_baselines"]) == (1, 0)
     row = judged.row(0, named=True) | {"precision": 1.0, "recall": 0.9, "num_positive": 20}
     label = Label(text="x", **{name: row[name] for name in Label.model_fields if name != "text"})
-    assert label_score(label) == "label BA 0.94"
-    assert label_score(label.model_copy(update={"balanced_accuracy": None})) == "label F1 0.95"
+    assert label_score(label) == "BA 0.94"
+    assert label_score(label.model_copy(update={"balanced_accuracy": None})) == "F1 0.95"
 
 
 def test_tables_of_what_asking_came_to(capsys):
@@ -389,7 +389,7 @@ def test_tables_of_what_asking_came_to(capsys):
         model="m", answered_by="judge (chat)", num_features=11, num_labelled=1, failed=failed, unread={"layer 1 #2": "hm"},
         left_out={}, num_calls=30, num_stored=2, prompt_tokens=1000, answer_tokens=200, price=0.0125,
     )  # fmt: skip
-    coverage({"m": judged}, 0.7)
+    labels({"m": judged}, {}, 0.7)
     asked_labels([report], {"m": judged}, 0.7)
     out = capsys.readouterr().out
     assert (

@@ -25,6 +25,7 @@ LAYERS = (
         "progress",
         "zoo",
         "throughlines",
+        "intervals",
         "circuit_tracer",
     },
     {"text", "tokens", "models", "dictionaries"},

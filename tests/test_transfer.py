@@ -12,13 +12,14 @@ import torch
 from builders import GivenSide, make_codes, random_dictionary, random_documents, tiny_model
 from throughline.codes import Codes, encode_text
 from throughline.errors import InputError
+from throughline.intervals import bootstrap_interval
 from throughline.models import open_model
 from throughline.records import TransferResult
 from throughline.registry import METRICS
 from throughline.run_dir import RunDir
 from throughline.study import ModelSpec, parse_study
 from throughline.tokens import collect_rows
-from throughline.transfer import Side, bootstrap_interval
+from throughline.transfer import Side
 from throughline.transfer.matching import Matching
 from throughline.transfer.pairs import align, correlate, moments_of, prepare, shift_documents, shuffle_within
 from throughline.zoo.texts import sample_problems

@@ -6,7 +6,7 @@ receives a line of news now and then. They return records; nothing is printed.
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 import polars as pl
 
 from throughline.errors import InputError
-from throughline.records import Analysis, Comparison, LayerQuality, Plan, Trace, TransferInfo
+from throughline.records import Analysis, Comparison, ComparisonTotals, LayerQuality, Plan, Trace, TransferInfo
 from throughline.registry import METRICS, unknown
 from throughline.run_dir import DRIVER, RunDir
 from throughline.study import DictionarySpec, Study, TrainingSpec, dump_study, load_study, parse_study
@@ -329,6 +329,32 @@ def compare(
         from throughline import pipeline
 
         return pipeline.compare(session, prompt, models, force)
+
+
+def compare_prompts(
+    run: str | Path | RunDir,
+    prompts: str | Path | Sequence[str],
+    models: list[str] | None = None,
+    force: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+) -> ComparisonTotals:
+    """Many prompts in several models, in total: `throughline compare --prompts`.
+
+    `prompts` is a list of prompts, or the name of a text file with one a line. Prompts are read, not traced, which takes
+    milliseconds a prompt.
+    """
+    with _session(run, device, say) as session:
+        from throughline import pipeline
+        from throughline.tracing import Prompt, list_prompts
+
+        if isinstance(prompts, str | Path):
+            listed = list_prompts(Path(prompts))
+        else:
+            listed = [Prompt(f"prompt {i}", text) for i, text in enumerate(prompts, 1)]
+        if not listed:
+            raise InputError('there are no prompts; give a list of one or more, such as ["What is 15 + 27?"]')
+        return pipeline.compare_prompts(session, listed, models, force)
 
 
 def import_sae(

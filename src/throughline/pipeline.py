@@ -14,9 +14,10 @@ from typing import Any
 import polars as pl
 import torch
 
+from throughline import comparing
 from throughline.asking import Approve, Asking, check_asked, refuse
 from throughline.codes import Codes, encode_csr
-from throughline.comparing import compare_traces
+from throughline.comparing import Matches, compare_traces
 from throughline.dictionaries import Dictionary, untrained_like
 from throughline.errors import InputError, ThroughlineError
 from throughline.executors.local import run_jobs, threads
@@ -32,7 +33,9 @@ from throughline.records import (
     FAMILY_COLUMNS,
     LABEL_COLUMNS,
     Comparison,
+    ComparisonTotals,
     LayerQuality,
+    PromptReading,
     Trace,
     TransferInfo,
     best_labels,
@@ -46,11 +49,19 @@ from throughline.study import ASKING, ModelSpec, Study, dump_study
 from throughline.text import read_documents
 from throughline.throughlines import find_throughlines
 from throughline.tokens import encode_prompt, take_documents
-from throughline.tracing import TraceInputs, TraceOptions, check_prompt, trace_prompt
+from throughline.tracing import (
+    Prompt,
+    TraceInputs,
+    TraceOptions,
+    check_prompt,
+    check_prompts,
+    read_prompts,
+    trace_prompt,
+)
 from throughline.tracing.baselines import OFF_KINDS
 from throughline.tracing.linearizing import LINEARIZATIONS
 from throughline.tracing.steering import parse_setting
-from throughline.zoo.texts import solve
+from throughline.zoo.texts import list_facts, solve
 
 # ---- train
 
@@ -436,16 +447,74 @@ def _throughlines(session: Session, name: str) -> pl.DataFrame | None:
     return find_throughlines(session.run.transfer("matching", name, name)) if ("matching", name, name) in done else None
 
 
-def compare(session: Session, prompt: str, models: list[str] | None = None, force: bool = False) -> Comparison:
+def compare(
+    session: Session,
+    prompt: str,
+    models: list[str] | None = None,
+    force: bool = False,
+    options: TraceOptions | None = None,
+) -> Comparison:
     """One prompt in several models, side by side; saved in the run with the traces it was made from."""
+    check_prompt(prompt)
+    names, matches = _to_compare(session, models)
+    _check_prompts(session, names, [Prompt("the prompt", prompt)])
+    traces = {name: trace(session, prompt, name, force, options) for name in names}
+    readings = {name: _read_prompts(session, name, [prompt])[0] for name in names}
+    comparison = compare_traces(traces, readings, matches, _labels(session, names))
+    session.run.write_comparison(comparison)
+    return comparison
+
+
+def compare_prompts(
+    session: Session, prompts: Sequence[Prompt], models: list[str] | None = None, force: bool = False
+) -> ComparisonTotals:
+    """Many prompts in several models, in total; saved in the run."""
+    names, matches = _to_compare(session, models)
+    _check_prompts(session, names, prompts)
+    session.require_gate(force)
+    for name in names:
+        _require_current(session, name)
+    texts, readings = [prompt.text for prompt in prompts], {}
+    for name in names:
+        session.say(f"reading {len(texts)} prompts in {name}")
+        readings[name] = _read_prompts(session, name, texts)
+    totals = comparing.compare_prompts(
+        readings,
+        matches,
+        _labels(session, names),
+        expected=[solve(text) for text in texts],
+        facts=[list_facts(text) for text in texts],
+        forced=session.run.info().forced,
+    )
+    session.run.write_totals(totals)
+    return totals
+
+
+def _to_compare(session: Session, models: list[str] | None) -> tuple[list[str], Matches]:
+    """The models, each once, and how their features match; InputError for fewer than two, or if they were not matched."""
     asked = models or [spec.name for spec in session.study.models]
     names = list(dict.fromkeys(session.study.model(name).name for name in asked))
     if len(names) < 2:
         raise InputError(f"compare needs two models or more, found {', '.join(names)}")
-    matches = {(a, b): session.run.transfer("matching", a, b) for a in names for b in names if a != b}
-    comparison = compare_traces({name: trace(session, prompt, name, force) for name in names}, matches)
-    session.run.write_comparison(comparison)
-    return comparison
+    return names, {(a, b): session.run.transfer("matching", a, b) for a in names for b in names if a != b}
+
+
+def _check_prompts(session: Session, names: list[str], prompts: Sequence[Prompt]) -> None:
+    """Refuse, before any model is opened, what one of them cannot read."""
+    for name in names:
+        spec = session.study.model(name)
+        check_prompts(name, read_tokenizer(spec), check_model(spec)[1], prompts)
+
+
+def _read_prompts(session: Session, name: str, prompts: list[str]) -> list[PromptReading]:
+    most = session.study.trace.answer_tokens
+    return read_prompts(session.model(name), session.dictionaries(name), prompts, most)
+
+
+def _labels(session: Session, names: list[str]) -> dict[str, pl.DataFrame]:
+    """Labels that reached the bar."""
+    bar = session.study.features.bar
+    return {name: best_labels(session.run.table(name, "labels"), bar) for name in names}
 
 
 def _require_current(session: Session, name: str) -> None:

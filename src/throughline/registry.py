@@ -99,6 +99,7 @@ FIGURES = Registry(
         "decay": "throughline.figures.curves:draw_decay",
         "persistence": "throughline.figures.curves:draw_persistence",
         "ribbon": "throughline.figures.ribbons:draw_ribbon",
+        "comparison": "throughline.figures.comparison:draw_comparison",
         "best_matches": "throughline.figures.matches:draw_best_matches",
     },
 )

@@ -34,6 +34,7 @@ from throughline.records import (
     Analysis,
     AskedLabels,
     Comparison,
+    ComparisonTotals,
     JobState,
     LayerQuality,
     Record,
@@ -420,7 +421,11 @@ class RunDir:
         return [self.read_record(name, Trace) for name in self._trace_files() if not self._is_outdated(name)]
 
     def _trace_files(self) -> list[str]:
-        return [name for name in self.storage.glob("traces/*.json") if not name.startswith("traces/compare-")]
+        return [
+            name
+            for name in self.storage.glob("traces/*.json")
+            if not name.startswith(("traces/compare-", "traces/totals-"))
+        ]
 
     def write_comparison(self, comparison: Comparison) -> str:
         """Save a comparison."""
@@ -445,8 +450,18 @@ class RunDir:
             return False
         if not isinstance(tree, dict):
             return False
+        if "traces" in tree and "standings" not in tree:
+            return True
         traces = tree["traces"].values() if isinstance(tree.get("traces"), dict) else [tree]
         return any(isinstance(t, dict) and t.get("version") != TRACE_VERSION for t in traces)
+
+    def write_totals(self, totals: ComparisonTotals) -> str:
+        """Save what a comparison of many prompts found."""
+        return self.write_record(f"traces/totals-{_digest(*totals.models, *totals.prompts)}.json", totals)
+
+    def totals(self) -> list[ComparisonTotals]:
+        """All saved comparisons of many prompts, in a fixed order."""
+        return [self.read_record(name, ComparisonTotals) for name in self.storage.glob("traces/totals-*.json")]
 
     def analysis(self) -> Analysis | None:
         """The analysis, if there is one."""

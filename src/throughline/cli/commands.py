@@ -328,7 +328,11 @@ def _write_graph(path: Path, found: Any) -> None:
 @app.command()
 def compare(
     run: Run,
-    prompt: Prompt,
+    prompt: Annotated[str | None, typer.Argument(help="the prompt, in quotes", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="a text file of prompts, one a line: totals over them, without traces", show_default=False),
+    ] = None,
     models: Annotated[
         list[str] | None, typer.Option("--model", help="one of the models; give it twice or more", show_default=False)
     ] = None,
@@ -337,13 +341,26 @@ def compare(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """The same prompt in several models, side by side."""
+    """One prompt, or a file of prompts, in several models."""
     from throughline import api
-    from throughline.cli import live, render
+    from throughline.cli import compared, live
+    from throughline.errors import InputError
 
+    if (prompt is None) == (prompts is None):
+        given = "neither" if prompt is None else "both"
+        raise InputError(
+            f'compare expects a prompt or a file of prompts, found {given}; type: throughline compare {run} "What is 15 + 27?", '
+            f"or: throughline compare {run} --prompts FILE"
+        )
     with live.Live(quiet or as_json) as news:
-        found = api.compare(run, prompt, models, force, device, news.say)
-    _print(as_json, found.model_dump(), lambda: render.comparison(found), quiet)
+        if prompt is not None:
+            one = api.compare(run, prompt, models, force, device, news.say)
+            made, show = one.model_dump(), lambda: compared.comparison(one)
+        else:
+            assert prompts is not None
+            many = api.compare_prompts(run, prompts, models, force, device, news.say)
+            made, show = many.model_dump(), lambda: compared.totals(many)
+    _print(as_json, made, show, quiet)
 
 
 @app.command(name="import")

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from throughline.records import (
     AskedLabels,
-    Comparison,
     Label,
     LayerQuality,
     Plan,
@@ -26,7 +25,6 @@ from throughline.records import (
 PLAIN_WIDTH = 118
 MOST_JOBS = 40  # that a plan lists one by one
 MOST_NAMED = 6  # features that have no label for the same reason
-MOST_COMPARED = 8  # features of each model that a comparison lists
 
 
 def console() -> Console:
@@ -388,45 +386,6 @@ def duration(seconds: float) -> str:
 def label_score(label: Label) -> str:
     """`F1 0.97`, or the balanced accuracy of detection, `BA 0.83`."""
     return f"F1 {label.f1:.2f}" if label.balanced_accuracy is None else f"BA {label.balanced_accuracy:.2f}"
-
-
-def comparison(found: Comparison) -> None:
-    """Models side by side on one prompt, and which of their features have counterparts."""
-    out = console()
-    out.print(Text(f'Input: "{found.prompt}"'), soft_wrap=True)
-    columns = (
-        "model",
-        "answer",
-        "p",
-        "universal",
-        "shared",
-        "specific",
-        "all features: universal",
-        "shared",
-        "specific",
-    )
-    table = _table(*columns)
-    for model in found.models:
-        mine, all_features = found.shares[model], found.all_shares[model]
-        wrong = " (wrong)" if found.correct[model] is False else ""
-        cells = [f"{shares[s]:.0%}" for shares in (mine, all_features) for s in ("universal", "shared", "specific")]
-        table.add_row(model, f'"{found.answers[model]}"{wrong}', f"{found.probabilities[model]:.2f}", *cells)
-    out.print(table)
-    out.print(f"partner: best correlation over the other model's layers, above the {found.threshold}")
-    for model in found.models:
-        out.print()
-        out.print(Text(model))
-        mine = sorted((f for f in found.features if f.model == model), key=lambda f: -abs(f.effect))
-        for feature in mine[:MOST_COMPARED]:
-            partners = ", ".join(f"{m} layer {p[0]} #{p[1]} r {p[2]:.2f}" for m, p in feature.partners.items())
-            token = repr(found.traces[model].tokens[feature.position][1])
-            out.print(
-                Text(
-                    f"  layer {feature.layer:<3}#{feature.feature:<6}at {token:<12} {shorten(feature.label, 40):<41}"
-                    f"if off: {feature.effect or 0:+7.2f}  {feature.standing:<10} {partners}".rstrip()
-                ),
-                soft_wrap=True,
-            )
 
 
 def shorten(words: str, most: int) -> str:

@@ -1,5 +1,6 @@
 """Figures: functions that take records and return a matplotlib Figure, so that page, plot and test share one number."""
 
+from throughline.figures.comparison import draw_comparison
 from throughline.figures.curves import draw_decay, draw_divergence, draw_persistence
 from throughline.figures.matches import draw_best_matches
 from throughline.figures.quality import draw_quality
@@ -11,6 +12,7 @@ from throughline.figures.transfer import draw_all_models, draw_transfer
 __all__ = [
     "draw_all_models",
     "draw_best_matches",
+    "draw_comparison",
     "draw_decay",
     "draw_divergence",
     "draw_persistence",

@@ -181,6 +181,9 @@ def _describe_active(feature: ActiveFeature) -> dict[str, Any]:
 def _describe_comparison(comparison: Comparison, traces: list[Trace]) -> dict[str, Any]:
     """The comparison without its traces, which are in the list of all traces; by model the place there."""
     places = {(trace.model, trace.prompt): number for number, trace in enumerate(traces)}
-    described = comparison.model_dump(exclude={"traces"})
+    described = comparison.model_dump(exclude={"traces", "active", "standings", "concepts"})
+    of_models = comparison.standings.items()
+    described["shares"] = {model: {s: e.value for s, e in mine.active.items()} for model, mine in of_models}
+    described["all_shares"] = {model: mine.live for model, mine in of_models}
     described["traces"] = {name: places[(trace.model, trace.prompt)] for name, trace in comparison.traces.items()}
     return described

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from throughline.figures.comparison import draw_comparison, name_prompts
 from throughline.figures.quality import draw_quality
 from throughline.figures.style import save_figure
 from throughline.figures.trace import draw_trace
@@ -67,6 +68,9 @@ def write_figures(run: RunDir, results: list[TransferResult]) -> list[dict[str, 
     for trace in collect_traces(run, run.comparisons()):
         name = _file_name("trace", trace.model, digest_key(trace.model, trace.prompt)[:8])
         save_figure(draw_trace(trace), folder / name)
+    for comparison in (*run.comparisons(), *run.totals()):
+        name = _file_name("compare", digest_key(comparison.models, name_prompts(comparison))[:8])
+        save_figure(draw_comparison(comparison), folder / name)
     for drawing in draw_analysis(run.analysis(), results):
         name = _file_name(drawing.name)
         svg = next(path for path in save_figure(drawing.figure, folder / name) if path.suffix == ".svg")

@@ -1,5 +1,15 @@
-"""One prompt followed through every layer of a model."""
+"""One prompt followed through every layer of a model; and many prompts read at once."""
 
+from throughline.tracing.prompts import Prompt, check_prompts, list_prompts, read_prompts
 from throughline.tracing.reading import TraceInputs, TraceOptions, check_prompt, trace_prompt
 
-__all__ = ["TraceInputs", "TraceOptions", "check_prompt", "trace_prompt"]
+__all__ = [
+    "Prompt",
+    "TraceInputs",
+    "TraceOptions",
+    "check_prompt",
+    "check_prompts",
+    "list_prompts",
+    "read_prompts",
+    "trace_prompt",
+]

@@ -1,5 +1,5 @@
 """Relations between the dictionaries of layers and models, each with its null."""
 
-from throughline.transfer.pairs import Metric, Side, bootstrap_interval
+from throughline.transfer.pairs import Metric, Side
 
-__all__ = ["Metric", "Side", "bootstrap_interval"]
+__all__ = ["Metric", "Side"]

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from throughline.intervals import bootstrap_interval
+from throughline.records import NULL_QUANTILE
 from throughline.transfer.cooccurrence import Best
-from throughline.transfer.pairs import bootstrap_interval
 
-NULL_QUANTILE = 0.999
 FEWEST_CHANCES = 1000
 MOST_SHIFTS = 8
 

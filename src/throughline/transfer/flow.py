@@ -24,9 +24,10 @@ from scipy.stats import rankdata
 
 from throughline.codes import Codes
 from throughline.errors import InputError
+from throughline.intervals import NUM_RESAMPLES, bootstrap_interval
 from throughline.records import TransferInfo, TransferResult
 from throughline.transfer.effects import Contexts, cut_contexts, estimate_drops, switch_off
-from throughline.transfer.pairs import NUM_RESAMPLES, Columns, Side, bootstrap_interval, prepare
+from throughline.transfer.pairs import Columns, Side, prepare
 from throughline.transfer.predecessors import (
     NUM_CONTEXTS,
     NUM_EDGES,

@@ -25,8 +25,8 @@ import scipy.sparse as sp
 from throughline.codes import Codes
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
-from throughline.records import TransferInfo, TransferResult
-from throughline.transfer.calibrating import NULL_QUANTILE, Cell, Evidence, best_of_all_layers, judge, num_shifts
+from throughline.records import NULL_QUANTILE, TransferInfo, TransferResult
+from throughline.transfer.calibrating import Cell, Evidence, best_of_all_layers, judge, num_shifts
 from throughline.transfer.cooccurrence import (
     Best,
     Grouped,

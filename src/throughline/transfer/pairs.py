@@ -14,8 +14,6 @@ from throughline.models import LanguageModel
 from throughline.records import TransferResult
 from throughline.tokens import TokenRows, align_ends
 
-NUM_RESAMPLES = 1000
-
 
 class Side(Protocol):
     """One model's part of a relation, on the run's shared text. What is costly is made when it is first asked for."""
@@ -118,19 +116,6 @@ def whole_documents(documents_N: np.ndarray, most: int) -> int:
         return len(documents_N)
     cut = int(np.searchsorted(documents_N, documents_N[most]))
     return cut or most
-
-
-def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean, resampling `values`; NaN if there are none."""
-    if not len(values):
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    if np.isin(values, (0, 1)).all():
-        means = rng.binomial(len(values), values.mean(), NUM_RESAMPLES) / len(values)
-    else:
-        means = values[rng.integers(len(values), size=(NUM_RESAMPLES, len(values)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def shift_documents(codes: Codes, tokens_N: np.ndarray, by: int) -> np.ndarray:

@@ -115,6 +115,12 @@ def recognize(prompt: str) -> tuple[Template, Slots] | None:
     return None
 
 
+def list_facts(prompt: str) -> frozenset[str] | None:
+    """Names of what is true of a prompt of any of the templates, or of its answer; None if it is none of them."""
+    found = recognize(prompt)
+    return None if found is None else frozenset(fact.name for fact in _write(*found).facts)
+
+
 def write_problem(template: Template, slots: Slots) -> Document:
     """The problem with these slots, whatever its split."""
     return _write(template, slots)

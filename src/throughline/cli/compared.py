@@ -1,0 +1,208 @@
+"""What `compare` prints, within 80 columns: answers, then how much is shared, then when concepts appear, then chains."""
+
+from textwrap import wrap
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from throughline.cli.render import console, shorten
+from throughline.records import (
+    EARLY,
+    Chain,
+    Comparison,
+    ComparisonTotals,
+    ConceptInModel,
+    Estimate,
+    SharedFeature,
+    Standings,
+    Trace,
+)
+
+WIDTH = 80
+MOST_CONCEPTS = 16  # that one prompt lists
+MOST_FEATURES = 4  # of each model
+MOST_TOKENS = 8  # concepts about tokens, where there are no others
+STANDINGS = ("universal", "shared", "specific")
+
+
+def comparison(found: Comparison) -> None:
+    """Models side by side on one prompt."""
+    out = console()
+    out.print(Text(f'Input: "{found.prompt}"'), soft_wrap=True)
+    _gate(out, found.forced)
+    table = _table("model", "answer", "p", words=2)
+    for model in found.models:
+        right = {True: "  right", False: f"  WRONG, right is {found.expected}", None: ""}[found.correct[model]]
+        table.add_row(Text(model), Text(f'"{found.answers[model]}"{right}'), f"{found.probabilities[model]:.2f}")
+    out.print(table)
+    _standings(out, found.models, found.standings, "features active on the prompt and its answer")
+    _say(out, f"Partner: best correlation in any layer of the other model, above the {found.threshold}.")
+    _concepts(out, found)
+    for model in found.models:
+        out.print()
+        _chain(out, found.traces[model])
+        mine = [f for f in found.features if f.model == model]
+        for feature in sorted(mine, key=lambda f: -abs(f.effect or 0))[:MOST_FEATURES]:
+            _feature(out, found.traces[model], feature)
+
+
+def totals(found: ComparisonTotals) -> None:
+    """Models over many prompts."""
+    out = console()
+    out.print(f"{len(found.prompts)} prompts in {len(found.models)} models")
+    _gate(out, found.forced)
+    table = _table("model", "right", "95 %", "of", words=1)
+    for model in found.models:
+        right = found.right[model]
+        table.add_row(Text(model), _percent(right.value), _interval(right), str(right.n))
+    out.print(table)
+    _standings(out, found.models, found.standings, "active features, mean over prompts")
+    _say(out, f"Partner: best correlation in any layer of the other model, above the {found.threshold}.")
+    shown = [c for c in found.concepts if not c.about_token] or found.concepts[:MOST_TOKENS]
+    if not shown:
+        out.print("\nNo labelled feature is active on any of these prompts.")
+        return
+    out.print(
+        f"\nConcepts by relative depth (0: first layer, 1: last); {len(found.concepts) - len(shown)} more in --json"
+    )
+    for concept in shown:
+        out.print()
+        _say(out, concept.sentence + ("" if concept.known else " in which some model has it") + ".")
+        table = _table("  model", "present", f"before {EARLY}", "chance", "not true", "birth", "death", words=1)
+        for model, mine in concept.models.items():
+            table.add_row(Text("  " + _short(model)), *_concept_cells(mine))
+        out.print(table)
+    out.print()
+    _say(
+        out,
+        f"before {EARLY}: share of the n prompts; chance: the same with the labels of each layer dealt out anew; not true: "
+        "the same on prompts of which the concept is known not to be true.",
+    )
+
+
+def _concept_cells(found: ConceptInModel) -> list[str]:
+    depths = [
+        "–" if d.value is None else f"{d.value:.2f} [{d.low:.2f}, {d.high:.2f}]" for d in (found.birth, found.death)
+    ]
+    return [
+        _percent(found.present.value),
+        _percent(found.early.value),
+        _percent(found.early_by_chance),
+        _percent(found.elsewhere.value),
+        *depths,
+    ]
+
+
+def _standings(out: Console, models: list[str], standings: dict[str, Standings], what: str) -> None:
+    """Shares with interval, and the base rate, chance and ceiling under them."""
+    out.print()
+    _say(out, f"Share of {what}:")
+    table = _table("model", "", *STANDINGS, "n", words=2)
+    for model in models:
+        mine = standings[model]
+        cells = [f"{_percent(mine.active[s].value)} {_interval(mine.active[s])}" for s in STANDINGS]
+        table.add_row(Text(_short(model)), "active", *cells, f"{mine.num_active:.0f}")
+        table.add_row("", "all live", *(_percent(mine.live.get(s)) for s in STANDINGS), str(mine.num_live))
+        table.add_row("", "by chance", *(_percent(mine.chance.get(s), 1) for s in STANDINGS), "")
+        kind = f"≤ {_percent(mine.most_universal_by_kind, 1)}"
+        table.add_row("", "by kind of token", kind, "", "", "")
+        table.add_row("", "other seed has", _percent(mine.ceiling), "", "", "")
+    out.print(table)
+    rare = ", ".join(f"{_short(m)} {standings[m].num_rare:.0f}" for m in models if standings[m].num_rare >= 1)
+    bound = max(s.most_universal_by_chance for s in standings.values())
+    _say(
+        out,
+        f"By the threshold's definition at most {_percent(bound, 1)} are universal by chance. Other seed: share of the features "
+        "of such layers that a dictionary of the same layer from another seed has."
+        + (f" Too rare to be judged: {rare}." if rare else ""),
+    )
+
+
+def _concepts(out: Console, found: Comparison) -> None:
+    facts = [c for c in found.concepts if not c.about_token]
+    shown = (facts or found.concepts)[:MOST_CONCEPTS]
+    out.print()
+    if not shown:
+        out.print("No labelled feature is active on this prompt.")
+        return
+    _say(
+        out,
+        "When concepts are there, in relative depth (0: first layer, 1: last), birth to death; "
+        f"{len(found.concepts) - len(shown)} more in --json:",
+    )
+    table = _table("concept", *(_short(m) for m in found.models), words=1)
+    for concept in shown:
+        lives = (concept.lives.get(m) for m in found.models)
+        cells = ["–" if life is None else f"{life.birth:.2f}-{life.death:.2f}" for life in lives]
+        table.add_row(Text(shorten(concept.name, 28)), *cells)
+    out.print(table)
+
+
+def _chain(out: Console, trace: Trace) -> None:
+    """The chain with the largest effect on the answer."""
+    chains = sorted(trace.chains, key=lambda c: -abs(c.predicted if c.measured is None else c.measured))
+    out.print(Text(trace.model))
+    if not chains:
+        out.print("  no chain leads to the answer")
+        return
+    _say(out, "main chain: " + describe_chain(trace, chains[0]), "  ", "    ")
+
+
+def describe_chain(trace: Trace, chain: Chain) -> str:
+    """`operator = + (layers 0-1) → carry (2) → "4"; predicted +0.21, measured +0.21`."""
+    steps = []
+    for step in chain.steps:
+        first, last = step.layers
+        layers = f"layers {first}-{last}" if first != last else f"layer {first}"
+        steps.append(f"#{step.features[0][2]} {step.label} ({layers})")
+    measured = "" if chain.measured is None else f", measured {chain.measured:+.2f}"
+    target = trace.targets[chain.target].text.strip() or trace.targets[chain.target].text
+    return f"{' → '.join([*steps, repr(target)])}; predicted {chain.predicted:+.2f}{measured}"
+
+
+def _feature(out: Console, trace: Trace, feature: SharedFeature) -> None:
+    partners = ", ".join(f"{_short(m)} layer {p[0]} #{p[1]} r {p[2]:.2f}" for m, p in feature.partners.items())
+    effect = "" if feature.effect is None else f"  if off: {feature.effect:+.2f}"
+    token = repr(trace.tokens[feature.position][1])
+    _say(
+        out,
+        f"layer {feature.layer} #{feature.feature} at {token}  {shorten(feature.label, 34)}{effect}  {feature.standing}"
+        + (f": {partners}" if partners else ""),
+        "  ",
+        "    ",
+    )
+
+
+def _gate(out: Console, forced: bool) -> None:
+    if forced:
+        out.print("Dictionaries failed the quality gate; this was made with --force.")
+
+
+def _table(*columns: str, words: int) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < words else "right", no_wrap=True)
+    return table
+
+
+def _say(out: Console, text: str, first: str = "", rest: str = "") -> None:
+    """A paragraph, wrapped at WIDTH, its first line and the others indented."""
+    lines = wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
+
+
+def _short(model: str) -> str:
+    """Its name without its owner, for a column."""
+    return shorten(model.rpartition("/")[2], 10)
+
+
+def _percent(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:.{digits}%}"
+
+
+def _interval(found: Estimate) -> str:
+    return "" if found.low is None else f"[{found.low:.0%}, {found.high:.0%}]"
