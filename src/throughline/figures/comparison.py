@@ -47,8 +47,8 @@ def draw_comparison(found: Comparison | ComparisonTotals) -> "Figure":
 
 
 def _list_bars(found: Comparison | ComparisonTotals) -> dict[str, dict[str, _Bar]]:
-    """By concept and model; concepts about tokens only if there are no others."""
-    facts = [c for c in found.concepts if not c.about_token] or list(found.concepts)
+    """By concept and model; concepts without values only if there are no others."""
+    facts = [c for c in found.concepts if c.valued] or list(found.concepts)
     bars: dict[str, dict[str, _Bar]] = {}
     for concept in facts[:MOST_CONCEPTS]:
         if isinstance(concept, Concept):
