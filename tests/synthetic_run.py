@@ -18,7 +18,13 @@ from throughline.records import (
     Chain,
     ChainStep,
     Comparison,
+    ComparisonTotals,
+    Concept,
+    ConceptInModel,
+    ConceptLife,
+    ConceptTotals,
     Curve,
+    Estimate,
     FaithfulnessPoint,
     Finding,
     Label,
@@ -26,6 +32,7 @@ from throughline.records import (
     LayerReading,
     Ribbon,
     SharedFeature,
+    Standings,
     Target,
     Trace,
     TraceEdge,
@@ -421,15 +428,96 @@ def make_comparison(models: tuple[SyntheticModel, ...] = MODELS, prompt: str = P
     return Comparison(
         prompt=prompt,
         models=[m.name for m in models],
+        expected="42",
         answers={name: trace.answer for name, trace in traces.items()},
         probabilities={name: trace.answer_probability for name, trace in traces.items()},
         correct={name: trace.correct for name, trace in traces.items()},
         features=features,
-        shares={m.name: {"universal": 0.5, "shared": 0.3, "specific": 0.2} for m in models},
-        all_shares={m.name: {"universal": 0.35, "shared": 0.25, "specific": 0.4} for m in models},
+        standings={m.name: make_standings(80 + i) for i, m in enumerate(models)},
+        active={m.name: {"universal": [(0, 3)], "shared": [(0, 5)], "specific": []} for m in models},
+        concepts=_make_concepts(models),
+        seed=0,
         threshold="Pearson r above the 99.9 % quantile of the shifted null",
         forced=False,
         traces=traces,
+    )
+
+
+def make_standings(n: int) -> Standings:
+    """Half universal, three tenths shared."""
+    active = {"universal": 0.5, "shared": 0.3, "specific": 0.2}
+    return Standings(
+        active={s: Estimate(value=x, low=x - 0.05, high=x + 0.05, n=n) for s, x in active.items()},  # pyright: ignore
+        num_active=n,
+        num_rare=3,
+        live={"universal": 0.35, "shared": 0.25, "specific": 0.4},
+        num_live=400,
+        chance={"universal": 0.001, "shared": 0.004, "specific": 0.995},
+        most_universal_by_chance=0.003,
+        most_universal_by_kind=0.06,
+        ceiling=0.81,
+    )
+
+
+def _make_concepts(models: tuple[SyntheticModel, ...]) -> list[Concept]:
+    """The first is in all models, each further one in one model less; one that says which token stands there is last."""
+    concepts = []
+    for i, name in enumerate((*CONCEPTS, HOSTILE, "token ' 1'")):
+        lives = {}
+        for m in models[: max(1, len(models) - i)]:
+            last = m.num_layers - 1
+            birth = min(i, last)
+            lives[m.name] = ConceptLife(layers=[birth, last], birth=birth / last, death=1.0)
+        concepts.append(Concept(name=name, valued=not name.startswith("token"), lives=lives))
+    return concepts
+
+
+def make_totals(models: tuple[SyntheticModel, ...] = MODELS, num: int = 40) -> ComparisonTotals:
+    """Forty prompts in all models; the last concept is absent in all but the first, and in most of its prompts."""
+
+    def share(value: float | None, n: int = num) -> Estimate:
+        spread = None if value is None else 0.04
+        low, high = (None, None) if spread is None or value is None else (value - spread, value + spread)
+        return Estimate(value=value, low=low, high=high, n=n)
+
+    concepts = []
+    for i, name in enumerate((*CONCEPTS, HOSTILE)):
+        lives = {}
+        for j, m in enumerate(models):
+            there = i < len(CONCEPTS) or j == 0
+            lives[m.name] = ConceptInModel(
+                present=share((0.9 if i < len(CONCEPTS) else 0.3) if there else 0.0),
+                early=share(0.6 if there else 0.0),
+                early_by_chance=0.2,
+                elsewhere=share(0.1, 12),
+                birth=share(0.1 + 0.1 * i if there else None),
+                death=share(0.8 if there else None),
+            )
+        sentence = f"{name} is present before relative depth 0.5 in {len(models)} of {len(models)} models, n = {num}"
+        concepts.append(
+            ConceptTotals(
+                name=name,
+                valued=True,
+                known=i % 2 == 0,
+                num_prompts=num,
+                models=lives,
+                early_in=[m.name for m in models],
+                sentence=sentence,
+            )
+        )
+    names = [m.name for m in models]
+    return ComparisonTotals(
+        prompts=[f"What is {i} + 27?" for i in range(num)],
+        models=names,
+        expected=[str(i + 27) for i in range(num)],
+        answers={name: [str(i + 27) for i in range(num)] for name in names},
+        probabilities={name: [0.9] * num for name in names},
+        right={name: share(0.95) for name in names},
+        standings={name: make_standings(num) for name in names},
+        concepts=concepts,
+        threshold="Pearson r above the 99.9 % quantile of the shifted null",
+        seed=0,
+        forced=True,
     )
 
 

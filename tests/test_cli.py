@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 
@@ -21,7 +22,12 @@ from throughline.cli import main
 from throughline.errors import GateError, InputError
 from throughline.records import JobState
 from throughline.run_dir import RunDir
+from throughline.session import Session
 from throughline.study import parse_study
+from throughline.tokens import encode_prompt
+from throughline.tracing import read_prompts
+from throughline.tracing.answer import find_answer, spell
+from throughline.tracing.texts import find_subject
 
 pytestmark = pytest.mark.xdist_group("cli")
 
@@ -542,7 +548,7 @@ def test_a_trace_as_json_follows_its_schema(say, copy):
     with pytest.raises(jsonschema.ValidationError):
         validator.validate(found | {"answer": 5})
     for path in (copy / "traces").glob("*.json"):
-        if not path.name.startswith("compare-"):
+        if not path.name.startswith(("compare-", "totals-")):
             validator.validate(json.loads(path.read_text()))
 
 
@@ -550,11 +556,99 @@ def test_a_comparison(say, copy):
     code, out, err = say("compare", copy, PROMPT)
     assert (code, err) == (0, "")
     assert out.count('"42"') == 2
-    assert "above the 99.9% quantile" in out
+    assert "above the 99.9%" in out
     found = json.loads(say("compare", copy, PROMPT, "--json")[1])
     assert found["models"] == ["zoo/pythia", "zoo/gpt2"]
-    for shares in found["shares"].values():
-        assert sum(shares.values()) == pytest.approx(1)
+    for name, mine in found["standings"].items():
+        assert sum(share["value"] for share in mine["active"].values()) == pytest.approx(1)
+        assert mine["num_active"] == sum(map(len, found["active"][name].values()))
+
+
+PROMPTS = ("What is 15 + 27?", "Is 45 larger than 71?", "Add 34 and 13.", "Who is there", "What is 15 + 27?")
+
+
+def prompts_file(folder: Path, *lines: str) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_comparison_of_many_prompts(say, copy, tmp_path):
+    file = prompts_file(tmp_path, *PROMPTS[:2], "", *PROMPTS[2:])
+    code, out, err = say("compare", copy, "--prompts", file)
+    assert code == 0 and "reading 5 prompts in zoo/gpt2" in err
+    assert out.splitlines()[0] == "5 prompts in 2 models"
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, err = say("compare", copy, "--prompts", file, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["prompts"] == list(PROMPTS) and found["expected"] == ["42", "no", "47", None, "42"]
+    assert found["right"]["zoo/gpt2"]["n"] == 4
+    run = RunDir.open(copy)
+    assert [totals.prompts for totals in run.totals()] == [list(PROMPTS)]
+    assert {trace.prompt for trace in run.traces()} == {PROMPT}  # totals are no traces
+    assert api.compare_prompts(copy, PROMPTS, device="cpu") == run.totals()[0] == api.compare_prompts(copy, file)
+
+
+def test_many_prompts_are_read_as_each_alone_is_and_as_a_trace_reads_it(copy):
+    """The oracle is `find_answer` and the split of a trace, one prompt at a time."""
+    session = Session(RunDir.open(copy))
+    for name in ("zoo/pythia", "zoo/gpt2"):
+        model, dictionaries = session.model(name), session.dictionaries(name)
+        for prompt, reading in zip(PROMPTS, read_prompts(model, dictionaries, PROMPTS, 4), strict=True):
+            tokens = encode_prompt(model.tokenizer, prompt)
+            answer = find_answer(model, [t.id for t in tokens], 4)
+            subject = find_subject(model, dictionaries, prompt, tokens, answer)
+            assert reading.answer == spell(model, answer.prompt_ids, answer.answer_ids).strip()
+            assert reading.probability == pytest.approx(answer.probability, rel=1e-4)
+            assert reading.complete == answer.complete
+            for layer, codes in reading.layers.items():
+                features = subject.clean.features[layer] * subject.kept_T[:, None]
+                dense = np.zeros(features.shape, np.float32)
+                dense[codes.positions_A, codes.features_A] = codes.activations_A
+                assert dense == pytest.approx(features.numpy(), rel=1e-3, abs=1e-3)
+
+
+def test_totals_of_one_prompt_are_its_comparison(copy):
+    one, many = api.compare(copy, PROMPT), api.compare_prompts(copy, [PROMPT])
+    for name in one.models:
+        assert many.answers[name] == [one.answers[name]]
+        mine, total = one.standings[name], many.standings[name]
+        assert [e.value for e in total.active.values()] == pytest.approx([e.value for e in mine.active.values()])
+        assert (total.live, total.chance, total.ceiling) == (mine.live, mine.chance, mine.ceiling)
+    there = {c.name: {m for m, x in c.models.items() if x.present.value} for c in many.concepts if not c.known}
+    assert there.items() <= {c.name: set(c.lives) for c in one.concepts}.items()
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([], "prompts.txt has no prompts; write one a line"),
+        (["", "  "], "prompts.txt has no prompts; write one a line"),
+        ([PROMPT, "", LONG_PROMPT], "line 3 of "),
+        ([PROMPT, LONG_PROMPT], "zoo/pythia sees 64 and needs at least one for the answer; shorten it or take it out"),
+    ],
+)
+def test_wrong_files_of_prompts_change_nothing(say, tiny, tmp_path, lines, expected):
+    before = snapshot(tiny)
+    assert expected in refused(say("compare", tiny, "--prompts", prompts_file(tmp_path, *lines)))
+    assert snapshot(tiny) == before
+
+
+def test_a_comparison_needs_one_of_prompt_and_file(say, tiny, tmp_path):
+    file = prompts_file(tmp_path, PROMPT)
+    assert "expects a prompt or a file of prompts, found both; type: throughline compare" in refused(
+        say("compare", tiny, PROMPT, "--prompts", file)
+    )
+    assert "found neither" in refused(say("compare", tiny))
+    assert "none.txt cannot be read; give a text file" in refused(
+        say("compare", tiny, "--prompts", tmp_path / "none.txt")
+    )
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    assert "bytes is not UTF-8 text" in refused(say("compare", tiny, "--prompts", tmp_path / "bytes"))
+    assert "compare needs two models or more" in refused(say("compare", tiny, "--prompts", file, "--model", "zoo/gpt2"))
+    with pytest.raises(InputError, match="there are no prompts"):
+        api.compare_prompts(tiny, [])
 
 
 def test_init_writes_studies_that_can_be_read(say, tmp_path):

@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from synthetic_run import (
     MODELS,
     SyntheticModel,
+    make_comparison,
     make_curves,
     make_qualities,
     make_ribbon,
+    make_totals,
     make_trace,
     make_transfer,
 )
@@ -33,6 +35,7 @@ from throughline.figures import (
     draw_transfer,
     save_figure,
 )
+from throughline.figures.comparison import draw_comparison
 from throughline.figures.curves import half_life
 from throughline.figures.matches import GRID, best_matches, share_at_least
 from throughline.figures.ribbons import MOST_BANDS, Flow, band_members
@@ -49,6 +52,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "transfer": lambda: draw_transfer(make_transfer(MODELS[0], MODELS[0], "matching")),
     "all_models": lambda: draw_all_models([make_transfer(a, b, "matching") for a in MODELS for b in MODELS]),
     "trace": lambda: draw_trace(make_trace(MODELS[0])),
+    "comparison": lambda: draw_comparison(make_comparison()),
     "divergence": lambda: draw_divergence(make_curves(), num_tokens=50_000, seed=0),
     "decay": lambda: draw_decay(make_curves(), num_tokens=50_000, seed=0),
     "persistence": lambda: draw_persistence(make_curves(), num_tokens=50_000, seed=0),
@@ -69,6 +73,8 @@ LARGE_DRAWINGS: dict[str, Callable[[], Figure]] = {
     "all_models reconstruction": lambda: draw_all_models(
         [make_transfer(a, b, "reconstruction") for a in LARGE for b in LARGE]
     ),
+    "comparison": lambda: draw_comparison(make_comparison(LARGE)),
+    "comparison of many prompts": lambda: draw_comparison(make_totals(LARGE)),
     "divergence": lambda: draw_divergence(make_curves(LARGE), num_tokens=50_000, seed=0),
     "decay": lambda: draw_decay(make_curves(LARGE), num_tokens=50_000, seed=0),
     "persistence": lambda: draw_persistence(make_curves(LARGE), num_tokens=50_000, seed=0),

@@ -460,7 +460,7 @@ def compare(
     _check_prompts(session, names, [Prompt("the prompt", prompt)])
     traces = {name: trace(session, prompt, name, force, options) for name in names}
     readings = {name: _read_prompts(session, name, [prompt])[0] for name in names}
-    comparison = compare_traces(traces, readings, matches, _labels(session, names))
+    comparison = compare_traces(traces, readings, matches, _labels(session, names), list_facts(prompt))
     session.run.write_comparison(comparison)
     return comparison
 

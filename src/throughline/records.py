@@ -552,7 +552,7 @@ class Concept(Record):
     """A family of labels ("carry" for "carry = 1") on one prompt, by model; models in which it is absent are left out."""
 
     name: str
-    about_token: bool  # says only which token stands here or next to it
+    valued: bool  # has values, such as a digit or yes and no; others say which token, or kind of token, stands where
     lives: dict[str, ConceptLife]
 
 
@@ -590,7 +590,7 @@ class ConceptTotals(Record):
     """A concept over prompts: those of which it is true where that is known, or else those in which any model has it."""
 
     name: str
-    about_token: bool
+    valued: bool
     known: bool  # which prompts it is true of is known, from the texts
     num_prompts: int
     models: dict[str, ConceptInModel]

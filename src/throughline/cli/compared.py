@@ -22,7 +22,7 @@ from throughline.records import (
 WIDTH = 80
 MOST_CONCEPTS = 16  # that one prompt lists
 MOST_FEATURES = 4  # of each model
-MOST_TOKENS = 8  # concepts about tokens, where there are no others
+MOST_UNVALUED = 8  # concepts without values, where there are no others
 STANDINGS = ("universal", "shared", "specific")
 
 
@@ -59,7 +59,7 @@ def totals(found: ComparisonTotals) -> None:
     out.print(table)
     _standings(out, found.models, found.standings, "active features, mean over prompts")
     _say(out, f"Partner: best correlation in any layer of the other model, above the {found.threshold}.")
-    shown = [c for c in found.concepts if not c.about_token] or found.concepts[:MOST_TOKENS]
+    shown = [c for c in found.concepts if c.valued] or found.concepts[:MOST_UNVALUED]
     if not shown:
         out.print("\nNo labelled feature is active on any of these prompts.")
         return
@@ -69,15 +69,15 @@ def totals(found: ComparisonTotals) -> None:
     for concept in shown:
         out.print()
         _say(out, concept.sentence + ("" if concept.known else " in which some model has it") + ".")
-        table = _table("  model", "present", f"before {EARLY}", "chance", "not true", "birth", "death", words=1)
+        table = _table("  model", "there", f"< {EARLY}", "chance", "else", "birth", "death", words=1)
         for model, mine in concept.models.items():
             table.add_row(Text("  " + _short(model)), *_concept_cells(mine))
         out.print(table)
     out.print()
     _say(
         out,
-        f"before {EARLY}: share of the n prompts; chance: the same with the labels of each layer dealt out anew; not true: "
-        "the same on prompts of which the concept is known not to be true.",
+        f"there: share of the n prompts on which it is present; < {EARLY}: before that relative depth; chance: the latter with the "
+        "labels of each layer dealt out anew; else: the latter on prompts of which the concept is known not to be true.",
     )
 
 
@@ -120,7 +120,7 @@ def _standings(out: Console, models: list[str], standings: dict[str, Standings],
 
 
 def _concepts(out: Console, found: Comparison) -> None:
-    facts = [c for c in found.concepts if not c.about_token]
+    facts = [c for c in found.concepts if c.valued]
     shown = (facts or found.concepts)[:MOST_CONCEPTS]
     out.print()
     if not shown:

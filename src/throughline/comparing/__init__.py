@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import polars as pl
@@ -28,6 +29,7 @@ def compare_traces(
     readings: dict[str, PromptReading],
     matches: Matches,
     labels: Mapping[str, pl.DataFrame],
+    facts: AbstractSet[str] | None = None,
 ) -> Comparison:
     """One prompt side by side. `matches[a, b]` is the matching from a to b, for every pair; `labels` are those above the bar."""
     found = {model: Counterparts.of(model, matches) for model in traces}
@@ -42,7 +44,7 @@ def compare_traces(
         standings={m: judge_prompt(found[m], readings[m], seed) for m in traces},
         active={m: list_active(found[m], readings[m]) for m in traces},
         features=[_place(m, found[m], f) for m, t in traces.items() for f in t.features],
-        concepts=list_concepts(readings, dict(labels)),
+        concepts=list_concepts(readings, dict(labels), facts),
         threshold=_describe_threshold(matches),
         seed=seed,
         forced=any(t.forced for t in traces.values()),

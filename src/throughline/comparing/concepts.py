@@ -25,27 +25,25 @@ from throughline.records import EARLY, Concept, ConceptInModel, ConceptLife, Con
 
 DEALS = 50
 MOST = 0.5  # share of prompts from which a model is said to have a concept
-_ABOUT_TOKEN = re.compile(r"""(tokens?|after|before) ['"]|.* token$|start of text$""")
 _VALUE = re.compile(r"(.+?) (?:[=≥≤<] .|in \d|mod \d|has \d)")
+_TEXT = re.compile(r"""(tokens?|two after|after|before) ['"]""")  # of the texts of tokens, which may hold anything
+_PLACE = re.compile(r", (at|in|just) .*")
 
 Facts = Sequence[AbstractSet[str] | None]  # by prompt: what is known to be true of it, by name; None: nothing is known
 
 
 def family_of(label: str) -> str:
-    """`carry` of `carry = 1`; a label without a value is its own family."""
-    found = None if is_about_token(label) else _VALUE.match(label)
-    return found[1] if found else label
+    """`carry` of `carry = 1`, with its place left out; a label without a value is its own family."""
+    if _TEXT.match(label):
+        return label
+    found = _VALUE.match(label)
+    return _PLACE.sub("", found[1] if found else label)
 
 
 def families_of(labels: pl.DataFrame) -> list[str]:
     """The family of each row; the words of a language model are one of their own."""
     rows = labels.select("label", "source").iter_rows()
     return [label if source == "llm" else family_of(label) for label, source in rows]
-
-
-def is_about_token(family: str) -> bool:
-    """True if it says only which token stands here, before or after."""
-    return _ABOUT_TOKEN.match(family) is not None
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,15 @@ def _speaks(
     return out
 
 
+def _valued(labels: dict[str, pl.DataFrame], facts: Facts) -> set[str]:
+    """Families that have values, in the labels of any model or as facts of the texts."""
+    each = [
+        (f, label) for frame in labels.values() for f, label in zip(families_of(frame), frame["label"], strict=True)
+    ]
+    told = frozenset[str]().union(*(f for f in facts if f is not None))
+    return {family for family, label in each if family in told or (family != label and _VALUE.match(label))}
+
+
 def find_presence(
     readings: dict[str, list[PromptReading]], labels: dict[str, pl.DataFrame]
 ) -> tuple[list[str], dict[str, Presence]]:
@@ -114,18 +121,21 @@ def find_presence(
     return names, {model: Presence.of(mine, labels[model], names) for model, mine in readings.items()}
 
 
-def list_concepts(readings: dict[str, PromptReading], labels: dict[str, pl.DataFrame]) -> list[Concept]:
-    """The concepts of one prompt, those about tokens last, then by how many models have them and by birth."""
+def list_concepts(
+    readings: dict[str, PromptReading], labels: dict[str, pl.DataFrame], facts: AbstractSet[str] | None
+) -> list[Concept]:
+    """The concepts of one prompt, those with values first, then by how many models have them and by birth."""
+    valued = _valued(labels, [facts])
     names, by_model = find_presence({model: [reading] for model, reading in readings.items()}, labels)
     found = {model: presence.found()[0] for model, presence in by_model.items()}
     concepts = []
     for c, name in enumerate(names):
         lives = {m: _life(by_model[m], found[m][:, c]) for m in by_model if found[m][:, c].any()}
         if lives:
-            concepts.append(Concept(name=name, about_token=is_about_token(name), lives=lives))
+            concepts.append(Concept(name=name, valued=name in valued, lives=lives))
     return sorted(
         concepts,
-        key=lambda c: (c.about_token, -len(c.lives), sum(x.birth for x in c.lives.values()) / len(c.lives), c.name),
+        key=lambda c: (not c.valued, -len(c.lives), sum(x.birth for x in c.lives.values()) / len(c.lives), c.name),
     )
 
 
@@ -138,11 +148,12 @@ def _life(presence: Presence, there_L: np.ndarray) -> ConceptLife:
 def total_concepts(
     readings: dict[str, list[PromptReading]], labels: dict[str, pl.DataFrame], facts: Facts, seed: int
 ) -> list[ConceptTotals]:
-    """Every concept over all prompts, those about tokens last, then by how many models have it early."""
+    """Every concept over all prompts, those with values first, then by how many models have it early."""
     names, by_model = find_presence(readings, labels)
     found = {model: presence.found() for model, presence in by_model.items()}
     by_chance = {m: _early_by_chance(presence, np.random.default_rng(seed)) for m, presence in by_model.items()}
     told = frozenset[str]().union(*(f for f in facts if f is not None))
+    valued = _valued(labels, facts)
     anywhere_PC = np.logical_or.reduce([f.any(1) for f in found.values()])
     totals = []
     for c, name in enumerate(names):
@@ -154,8 +165,8 @@ def total_concepts(
             m: _in_model(by_model[m].depths_L, found[m][:, :, c], by_chance[m][:, c], true_P, false_P, seed)
             for m in by_model
         }
-        totals.append(_total(name, name in told, int(true_P.sum()), models))
-    return sorted(totals, key=lambda t: (t.about_token, -len(t.early_in), -t.num_prompts, _first_birth(t), t.name))
+        totals.append(_total(name, name in valued, name in told, int(true_P.sum()), models))
+    return sorted(totals, key=lambda t: (not t.valued, -len(t.early_in), -t.num_prompts, _first_birth(t), t.name))
 
 
 def _early_by_chance(presence: Presence, rng: np.random.Generator) -> np.ndarray:
@@ -186,7 +197,7 @@ def _in_model(
     )
 
 
-def _total(name: str, known: bool, num_prompts: int, models: dict[str, ConceptInModel]) -> ConceptTotals:
+def _total(name: str, valued: bool, known: bool, num_prompts: int, models: dict[str, ConceptInModel]) -> ConceptTotals:
     often = [model for model, found in models.items() if (found.early.value or 0) > MOST]
     early_in = [model for model in often if _is_beyond(models[model])]
     sentence = f"{name} is present before relative depth {EARLY} in {len(early_in)} of {len(models)} models"
@@ -195,7 +206,7 @@ def _total(name: str, known: bool, num_prompts: int, models: dict[str, ConceptIn
         sentence += f" ({others}: no more than by chance, or than where it is not true)"
     return ConceptTotals(
         name=name,
-        about_token=is_about_token(name),
+        valued=valued,
         known=known,
         num_prompts=num_prompts,
         models=models,

@@ -47,8 +47,8 @@ def draw_comparison(found: Comparison | ComparisonTotals) -> "Figure":
 
 
 def _list_bars(found: Comparison | ComparisonTotals) -> dict[str, dict[str, _Bar]]:
-    """By concept and model; concepts about tokens only if there are no others."""
-    facts = [c for c in found.concepts if not c.about_token] or list(found.concepts)
+    """By concept and model; concepts without values only if there are no others."""
+    facts = [c for c in found.concepts if c.valued] or list(found.concepts)
     bars: dict[str, dict[str, _Bar]] = {}
     for concept in facts[:MOST_CONCEPTS]:
         if isinstance(concept, Concept):
@@ -101,7 +101,7 @@ def _draw_shares(axes: "Axes", models: list[str], standings: dict[str, Standings
     axes.set_yticks(range(len(models)), [shorten_name(m, 16) for m in models], parse_math=False)
     axes.set_ylim(len(models) - 0.5, -0.5)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of features (thick: active, thin: all live; dotted: by kind of token)")
+    axes.set_xlabel("share of features; thick: active, thin: all live\ndotted: most that kinds of token would give")
     axes.set_title("partner above chance in the other models", fontsize=SMALL + 1.5)
     for standing, color in STANDING_COLORS.items():
         axes.bar([0], [0], color=color, label=standing)
