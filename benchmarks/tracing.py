@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pages import RESULTS, hardware_and_date, write_between
 from scipy.stats import rankdata
 
 from throughline.models import LanguageModel
@@ -326,14 +327,109 @@ def summarize(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+ROWS = (
+    ("nodes r", "Pearson, all nodes"),
+    ("nodes r median prompt", "Pearson, median prompt"),
+    ("nodes slope", "slope"),
+    ("nodes sign", "sign"),
+    ("nodes r shuffled", "r shuffled (null)"),
+    ("within r", "edges within a position"),
+    ("across r", "edges between positions"),
+    ("across gated r", "the same after selection"),
+)
+SETS = (
+    ("set 64", "64 nodes"),
+    ("set 64_kept", "answers"),
+    ("set fifth", "a fifth of the active"),
+    ("set fifth_kept", "answers"),
+    ("set none", "none"),
+    ("set 64_random", "64 at random"),
+    ("set fifth_random", "a fifth at random"),
+    ("set fifth_without", "all but the fifth"),
+    ("set active", "active"),
+)
+SWAPS = (
+    *((f"carry {way}{kind}", f"{way}{words}") for way in ("pair", "layer set", "set")
+      for kind, words in (("", ""), (" counterparts", ", values of the other prompt"), (" random", ", random features"))),
+    ("carry set size", "features in the set"),
+    ("carry residual", "whole stream"),
+)  # fmt: skip
+
+
+def write_table(results: dict[str, list[dict[str, Any]]], rows: tuple[tuple[str, str], ...]) -> list[str]:
+    """Mean over seeds, and their range, a row for each model."""
+    lines = [f"| model | {' | '.join(words for _, words in rows)} |", "|---|" + "---|" * len(rows)]
+    for model, seeds in results.items():
+        cells = []
+        for key, _ in rows:
+            values = [numbers[key] for numbers in seeds]
+            exact = ".0f" if max(values) > 20 else ".2f"
+            spread = (
+                f" ({min(values):{exact}}–{max(values):{exact}})" if len(values) > 1 and key != "carry set size" else ""
+            )
+            cells.append(f"{np.mean(values):{exact}}{spread}")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def write_results(results: dict[str, list[dict[str, Any]]], num_prompts: int) -> list[str]:
+    """The section of docs/results.md."""
+    seeds = len(next(iter(results.values())))
+    effects = ", ".join(f"{model} {np.mean([n['nodes n'] for n in found]):,.0f}" for model, found in results.items())
+    edges = ", ".join(f"{model} {np.mean([n['across n'] for n in found]):,.0f}" for model, found in results.items())
+    layers = [
+        f"- {model}: " + ", ".join(f"{r:.2f}" for r in np.mean([n["nodes r by layer"] for n in found], axis=0))
+        + "; slopes " + ", ".join(f"{r:.2f}" for r in np.mean([n["nodes slope by layer"] for n in found], axis=0))
+        for model, found in results.items()
+    ]  # fmt: skip
+    return [
+        f"`python benchmarks/tracing.py RUNS --prompts {num_prompts} --write` on runs of `examples/zoo-transfer.yaml` with "
+        f"training.seed 0 to {seeds - 1}; {hardware_and_date()}. {num_prompts} held-out additions with a carry and a sum below 100 "
+        f"that the model answers correctly; mean over {seeds} seeds (range).",
+        "",
+        "Predicted by the plain gradient against measured: every active feature set to its mean at the same position of other "
+        f"problems, one at a time (effects on answer tokens, by seed: {effects}); edges to kept features of the next layer "
+        f"(between positions: {edges}).",
+        "",
+        *write_table(results, ROWS),
+        "Pearson by layer, first to last:",
+        "",
+        *layers,
+        "",
+        "Faithfulness against the no-carry counterfactual, kept features recomputed, errors the counterfactual's: share of the "
+        "lead that n nodes keep by themselves, and share of answers kept.",
+        "",
+        *write_table(results, SETS),
+        "Carry: share of problems after which the first digit of the answer is that of the sum less ten, when features that tell "
+        f"carry (AUROC ≥ {TELLS} or ≤ {1 - TELLS:.1f} on training problems) are set to their means without carry. The set is all "
+        "of them in all layers, at the last two digits' places and the two after them; the layer set is the best layer's; layer "
+        "and pair are chosen on training problems.",
+        "",
+        *write_table(results, SWAPS),
+    ]
+
+
 def main() -> None:
-    """Measure every run given and print a table; with --write, into docs/results.md."""
+    """Measure every run given and print tables; with --write, into docs/results.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+")
+    parser.add_argument("runs", nargs="*")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--models", default=None)
     parser.add_argument("--out", type=Path, default=None, help="the numbers as JSON")
+    parser.add_argument("--from", dest="source", type=Path, default=None, help="numbers of an earlier --out")
+    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    results = json.loads(options.source.read_text()) if options.source else measure_runs(options)
+    if options.out:
+        options.out.write_text(json.dumps(results))
+    lines = write_results(results, options.prompts)
+    print("\n".join(lines))
+    if options.write:
+        write_between(RESULTS, "tracing", lines, "Traces: what is predicted and what is measured")
+
+
+def measure_runs(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """By model, the numbers of each run."""
     results: dict[str, list[dict[str, Any]]] = {}
     for place in options.runs:
         session = Session(RunDir.open(place), "cpu")
@@ -345,8 +441,7 @@ def main() -> None:
             numbers = summarize(found) | {f"carry {k}": v for k, v in swap_carry(session, spec.name, prompts).items()}
             results.setdefault(spec.name, []).append(numbers)
             sys.stderr.write(f"{place} {spec.name} n={len(prompts)}\n" + json.dumps(numbers, default=float) + "\n")
-    if options.out:
-        options.out.write_text(json.dumps(results))
+    return results
 
 
 if __name__ == "__main__":

@@ -366,7 +366,7 @@ def _make_chain(
         target=number,
         predicted=predicted,
         measured=predicted * 1.1 if verified else None,
-        predicted_together=-4.2,
+        predicted_together=-3.9,
         measured_together=-4.5 if verified else None,
         answer_if_off=("32" if number == 0 else answer) if verified else None,
         num_alternatives=number,

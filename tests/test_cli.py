@@ -465,8 +465,61 @@ def test_a_trace_in_words(say, copy):
     assert lines[0].endswith("model zoo/pythia")
     assert lines[1].startswith('Answer "42" (right)  p = ')
     assert sum(line.startswith("Layer ") for line in lines) == 2
-    assert all(re.search(r"#\d+ +at '.*' .* \d\.\d\d .* if off: [+-]\d+\.\d\d", x) for x in lines if "#" in x)
-    assert "a random active feature" in out
+    shown = [x for x in lines[4 : next(i for i, x in enumerate(lines) if x.startswith("Chain 1"))] if "#" in x]
+    effect = r"#\d+ +'.*' .* \d\.\d\d .* if off +[+-]\d+\.\d\d \(predicted [+-]\d+\.\d\d\)"
+    assert shown and all(re.search(effect, x) for x in shown)
+    assert "What is 15 + 24?" in out and "carry: 1 becomes 0" in out  # what "off" is
+    assert "a random feature, switched off" in out and "replacement" in out
+    assert re.search(r"all of it off: predicted [+-]\d+\.\d\d, measured [+-]\d+\.\d\d", out)
+
+
+def test_a_quick_look_says_that_nothing_was_measured(say, copy):
+    before = sorted((copy / "traces").iterdir())
+    code, out, _ = say("trace", copy, "What is 15 + 28?", "--model", "zoo/pythia", "--no-verify", "--off", "mean")
+    assert (
+        code == 0
+        and "--no-verify" in out
+        and "measured in the real" not in out
+        and "if off" not in out.split("Chain 1")[0]
+    )
+    assert "mean at the same position" in out and sorted((copy / "traces").iterdir()) == before
+
+
+def test_a_feature_is_set_by_hand(say, copy):
+    found = json.loads(say("trace", copy, PROMPT, "--model", "zoo/pythia", "--json")[1])
+    feature = max((f for layer in found["layers"] for f in layer["features"]), key=lambda f: f["activation"])
+    setting = f"layer={feature['layer']},feature={feature['feature']},position={feature['position']}"
+    steered = json.loads(say("trace", copy, PROMPT, "--model", "zoo/pythia", "--json", "--set", f"{setting},off")[1])
+    scores = [target["score"] + e for target, e in zip(found["targets"], feature["effects"], strict=True)]
+    assert steered["steering"]["scores"] == pytest.approx(scores, abs=1e-3)  # as switching it off was measured to do
+    same = json.loads(say("trace", copy, PROMPT, "--model", "zoo/pythia", "--json", "--set", f"{setting},x1")[1])
+    assert same["steering"]["scores"] == pytest.approx([t["score"] for t in found["targets"]], abs=1e-4)
+    assert same["steering"]["changed"] == [] and same["steering"]["answer"] == found["answer"]
+    out = say("trace", copy, PROMPT, "--model", "zoo/pythia", "--set", f"{setting},x3")[1]
+    assert f"Set by hand: {setting},x3" in out and "probability of the undisturbed answer" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--off", "none"], "expected one of mean, counterfactual, zero"),
+        (["--linearization", "curved"], "expected one of plain, frozen, integrated"),
+        (["--set", "layer=0,feature=1"], "expected layer=4,feature=237,off"),
+        (["--set", "layer=99,feature=1,off"], "layer 99 has no dictionary; there are"),
+        (["--set", "layer=0,feature=99999,off"], "has features 0-"),
+        (["--set", "layer=0,feature=1,position=99,off"], "has positions 0-"),
+        (["--against", "What is 15 + 4?"], "give one of as many tokens"),
+        (["--graph", "/nowhere/graph.json"], "cannot be written"),
+    ],
+)
+def test_a_trace_refuses_what_it_cannot_do(say, copy, options, words):
+    assert words in refused(say("trace", copy, PROMPT, "--model", "zoo/pythia", *options))
+
+
+def test_a_graph_is_written_for_circuit_tracers_viewer(say, copy, tmp_path):
+    path = tmp_path / "graph.json"
+    assert say("trace", copy, PROMPT, "--model", "zoo/pythia", "--graph", path, "--quiet")[0] == 0
+    assert {"metadata", "nodes", "links"} <= json.loads(path.read_text()).keys()
 
 
 def test_a_wrong_answer_is_said_first(say, copy):

@@ -330,7 +330,7 @@ def test_trace_draws_the_strongest_edges_of_every_boundary_relative_to_the_stron
         for c in draw_trace(trace).axes[0].collections
         if isinstance(c, LineCollection) and len(c.get_paths()) == len(lines)
     ]
-    widths = np.asarray(drawn.get_linewidths())
+    widths = np.asarray(drawn.get_linewidth())
     assert np.argsort(widths).tolist() == np.argsort([line.strength for line in lines]).tolist()
     falls = np.asarray(drawn.get_colors())[:, 2] > np.asarray(drawn.get_colors())[:, 0]  # more blue than red
     assert falls.tolist() == [line.value < 0 for line in lines]

@@ -371,7 +371,7 @@ def test_a_features_address_opens_it_and_its_row_does_so_by_keyboard(browser: An
 def test_trace_draws_a_circle_per_feature_that_leads_to_it(browser: Any, complete: Path):
     tab = _Tab(browser, complete)
     trace = make_trace(MODELS[0])
-    circles = tab.page.locator("#trace-picture circle")
+    circles = tab.page.locator("#trace-picture .dot")
     assert circles.count() == sum(len(layer.features) for layer in trace.layers)
     assert tab.page.locator("#trace-view .reading a").count() == circles.count()
     feature = trace.layers[1].features[0]
@@ -379,6 +379,7 @@ def test_trace_draws_a_circle_per_feature_that_leads_to_it(browser: Any, complet
     dot.hover()
     tip = tab.page.inner_text("#tip")
     assert f"measured {feature.effect:+.2f}, predicted {feature.predicted_effect:+.2f}" in tip
+    assert "the answer becomes “43”" in tip and "its throughline: layers 1-2" in tip
     dot.click()
     tab.page.wait_for_function("location.hash === '#feature/zoo%2Ftall/1/3'")
     assert "zoo/tall, layer 1, feature #3" in tab.page.inner_text("#feature-detail")
@@ -386,6 +387,80 @@ def test_trace_draws_a_circle_per_feature_that_leads_to_it(browser: Any, complet
     wrong = tab.page.locator("#trace-view .answer")
     assert "wrong" in wrong.get_attribute("class") and "expected “42”" in wrong.inner_text()
     assert circles.count() == 3 * MODELS[2].num_layers
+    tab.close()
+
+
+def _place(place: tuple[int, int, int]) -> str:
+    return "/".join(map(str, place))
+
+
+def test_trace_draws_the_strongest_edges_and_says_what_they_are(browser: Any, complete: Path):
+    tab = _Tab(browser, complete)
+    trace = make_trace(MODELS[0])
+    groups = tab.page.locator("#trace-picture .edge-group")
+    drawn = groups.evaluate_all("all => all.map(g => [g.dataset.source, g.dataset.target])")
+    expected = []
+    for layer in trace.layers[:-1]:
+        edges = sorted((e for e in trace.edges if e.source[0] == layer.layer), key=lambda e: -abs(e.measured or 0))
+        expected += [[_place(e.source), _place(e.target)] for e in edges[:6]]
+    last = trace.layers[-1].features
+    assert [pair for pair in drawn if not pair[1].startswith("target")] == expected
+    assert len(drawn) == len(expected) + len(last) * len(trace.targets)
+    widths = tab.page.locator("#trace-picture .edge").evaluate_all(
+        "all => all.map(p => +p.getAttribute('stroke-width'))"
+    )
+    assert max(widths) == 3.4 == widths[0] and min(widths) < 2  # the strongest of each boundary comes first
+    edge = next(e for e in trace.edges if [_place(e.source), _place(e.target)] == expected[0])
+    assert edge.measured is not None
+    groups.first.locator(".near").dispatch_event("pointermove", {"clientX": 300, "clientY": 300})
+    tip = tab.page.inner_text("#tip")
+    assert f"measured {edge.measured:+.2f}, predicted {edge.predicted:+.2f}" in tip
+    assert f"layer 0 #{edge.source[2]}" in tip and "pre-activation" in tip
+    tab.close()
+
+
+def test_a_chain_of_the_list_lights_its_path_by_pointer_and_by_keyboard(browser: Any, complete: Path):
+    tab = _Tab(browser, complete)
+    trace = make_trace(MODELS[0])
+    rows = tab.page.locator("#trace-view .chains li")
+    assert rows.count() == len(trace.chains)
+    assert HOSTILE in rows.nth(1).inner_text() and "layers 0-1" in rows.nth(0).inner_text()
+    assert "all off: measured -4.50, predicted -3.90, the answer becomes “32”" in rows.nth(0).inner_text()
+    lit = "all => all.filter(x => x.classList.contains('lit')).map(x => x.dataset.key)"
+    for number, act in enumerate((lambda: rows.nth(0).hover(), lambda: rows.nth(1).focus())):
+        act()
+        tab.page.wait_for_function(f"document.querySelector('.chain.lit')?.dataset.chain === '{number}'")
+        places = [place for step in trace.chains[number].steps for place in step.features]
+        found = tab.page.locator("#trace-picture [data-key]").evaluate_all(lit)
+        assert sorted(found) == sorted(map(_place, places))  # with the ring of the feature that is not shown
+    tab.page.mouse.move(0, 0)
+    tab.page.focus("#trace-choice")
+    assert tab.page.locator("#trace-picture .lit").count() == 0
+    tab.close()
+
+
+def test_trace_shows_what_was_verified_and_what_was_not(browser: Any, complete: Path, tmp_path: Path):
+    tab = _Tab(browser, complete)
+    words = " ".join(tab.page.inner_text("#trace-verification").split())
+    for expected in (
+        "shown features 36 0.91 0.02 1.10 95 % of 18",
+        "edges between positions 2 – 0.02",
+        "by 0.05 logits (mean of 18)",
+        "83 % reaches",
+        "64 0.32 0.16 0.68 yes 0 %",
+        "0 0.00 0.00 1.00 no 0 %",
+        "200 (all) 1.00 0.50",
+    ):
+        assert expected in words
+    tab.close()
+    run = build_run(tmp_path / "run", MODELS[:1], parts=())
+    run.write_trace(make_trace(MODELS[0], verified=False))
+    run.write_text("traces/old.json", '{"version": 1}')
+    tab = _Tab(browser, write_report(run))
+    words = tab.page.inner_text("#trace")
+    assert "Not verified (--no-verify)" in words and "1 file of another version is left out (traces/old.json)" in words
+    tab.page.locator("#trace-picture .dot").first.hover()
+    assert "not measured" in tab.page.inner_text("#tip")
     tab.close()
 
 

@@ -72,7 +72,7 @@ def _describe_faithfulness(found: Verification) -> str:
 def _describe_chain(trace: Trace, chain: Chain) -> str:
     steps = " → ".join(f"#{step.features[0][2]} ({_layers(*step.layers)})" for step in chain.steps)
     measured = "not measured" if chain.measured is None else f"measured {chain.measured:+.2g}"
-    together = "" if chain.measured_together is None else f"; all off {chain.measured_together:+.2g}"
+    together = "" if chain.measured_together is None else f"; all off: measured {chain.measured_together:+.2g}"
     said = show_token(trace.targets[chain.target].text)
     return f"Chain to “{said}”: {steps}; predicted {chain.predicted:+.2g}, {measured}{together}."
 

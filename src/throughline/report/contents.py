@@ -62,6 +62,7 @@ def collect(run: RunDir, results: list[TransferResult], figures: list[dict[str, 
             "strings": list(strings.numbers),
             "roles": [f"{kind} in the {part}" for part in PARTS for kind in TOKEN_KINDS],
             "traces": [_describe_trace(trace) for trace in traces],
+            "outdated_traces": run.outdated_traces(),
             "comparisons": [_describe_comparison(comparison, traces) for comparison in comparisons],
         }
     )
@@ -160,19 +161,20 @@ def _describe_transfers(results: list[TransferResult]) -> dict[str, Any]:
 
 
 def _describe_trace(trace: Trace) -> dict[str, Any]:
-    described = trace.model_dump(exclude={"version", "tokens", "layers"})
+    described = trace.model_dump(exclude={"version", "tokens", "layers", "edges"})
     described["tokens"] = [text for _, text, _, _ in trace.tokens]
     described["layers"] = [
         reading.model_dump(exclude={"features"}) | {"features": [_describe_active(f) for f in reading.features]}
         for reading in trace.layers
     ]
+    described["edges"] = [[*e.source, *e.target, e.predicted, e.measured, e.measured_activation] for e in trace.edges]
     return described
 
 
 def _describe_active(feature: ActiveFeature) -> dict[str, Any]:
     described = feature.model_dump(exclude={"layer", "label"})
     if feature.label is not None:
-        described["label"] = {"text": feature.label.text, "f1": feature.label.f1, "source": feature.label.source}
+        described["label"] = feature.label.model_dump(include={"text", "f1", "source", "measure"})
     return described
 
 

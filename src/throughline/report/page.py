@@ -86,7 +86,7 @@ def render_page(contents: dict[str, Any]) -> str:
     parts = {
         "title": html.escape(contents["study"]["name"]),
         "css": (assets / "page.css").read_text(encoding="utf-8"),
-        "js": (assets / "page.js").read_text(encoding="utf-8"),
+        "js": "\n".join((assets / name).read_text(encoding="utf-8") for name in ("trace.js", "page.js")),
         "data": data,
     }
     template = (assets / "page.html").read_text(encoding="utf-8")

@@ -38,7 +38,7 @@ function fmt(value) {
   if (size >= 1000) return Math.round(value).toLocaleString("en-US");
   return size >= 0.1 || size === 0 ? value.toFixed(size >= 100 ? 1 : 2) : String(Number(value.toPrecision(2)));
 }
-const fixed = (value, digits) => (typeof value === "number" ? value.toFixed(digits) : fmt(value));
+const fixed = (value, digits) => (typeof value === "number" ? value.toFixed(digits).replace(/^-(?=[0.]*$)/, "") : fmt(value)); // no -0.00
 const exact = (value) => (value === null || value === undefined ? "–" : String(value)); // the four digits that data has
 const percent = (value, digits = 1) => (typeof value === "number" ? (100 * value).toFixed(digits) + " %" : fmt(value));
 const count = (value) => (typeof value === "number" ? value.toLocaleString("en-US") : fmt(value));
@@ -549,118 +549,7 @@ function drawFeatures() {
   };
 }
 
-// ---- 6. trace
-
-const labelOf = (f) => (f.label ? f.label.text : "unlabelled: " + f.top_tokens.slice(0, 3).map(visible).join(" "));
-
-function tracePicture(trace, light) {
-  const cellWidth = (layer) => {
-    const counts = {};
-    for (const f of layer.features) counts[f.position] = (counts[f.position] || 0) + 1;
-    return Math.max(1, ...Object.values(counts));
-  };
-  const most = Math.max(1, ...trace.layers.map(cellWidth));
-  const tokenNames = trace.tokens.map((t) => shorten(visible(t), 16));
-  const left = Math.min(130, Math.max(40, 7.4 * Math.max(...tokenNames.map((t) => t.length)) + 14));
-  const down = 34, top = 34;
-  const answerText = quote(shorten(visible(trace.answer), 14));
-  const room = Math.max(90, 8 * answerText.length + 20);
-  // Wide enough for the fullest cell; beyond that, as wide as the box beside the reading has place for.
-  const across = Math.max(46, 21 * most + 8, Math.min(110, Math.floor((680 - left - room) / Math.max(1, trace.layers.length))));
-  const width = left + across * trace.layers.length + room, height = top + down * trace.tokens.length + 8;
-  const largest = Math.max(1e-9, ...trace.layers.flatMap((l) => l.features.map((f) => Math.abs(f.effect))));
-  const svg = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, id: "trace-picture", role: "group", "aria-label": `Features of ${trace.model} on the prompt, layers across, positions down` });
-  trace.tokens.forEach((_, row) => {
-    const y = top + (row + 0.5) * down;
-    const text = s("text", { x: left - 8, y, "text-anchor": "end", "dominant-baseline": "central" }, tokenNames[row], s("title", {}, `position ${row}` + (row >= trace.num_prompt_tokens ? ", answer" : "")));
-    text.style.fontFamily = "var(--mono)";
-    if (row >= trace.num_prompt_tokens) text.style.fontWeight = "700";
-    const line = s("line", { x1: left, x2: left + across * trace.layers.length, y1: y, y2: y });
-    line.style.stroke = "var(--line)";
-    svg.append(line, text);
-  });
-  svg.append(s("text", { class: "soft", x: left - 8, y: 14, "text-anchor": "end" }, "layer"));
-  trace.layers.forEach((layer, column) => {
-    svg.append(s("text", { class: "soft", x: left + (column + 0.5) * across, y: 14, "text-anchor": "middle" }, layer.layer));
-    const maximum = Math.max(1e-9, ...layer.features.map((f) => f.activation));
-    const places = {};
-    for (const f of layer.features) (places[f.position] ||= []).push(f);
-    for (const [position, here] of Object.entries(places)) {
-      here.forEach((f, i) => {
-        const x = left + (column + 0.5) * across + (i - (here.length - 1) / 2) * 21, y = top + (Number(position) + 0.5) * down;
-        const radius = Math.sqrt(12 + 78 * Math.max(0, f.activation) / maximum);
-        const key = `${layer.layer}/${f.position}/${f.feature}`;
-        const dot = s("circle", { class: "dot", cx: x, cy: y, r: radius.toFixed(1), "data-key": key });
-        dot.style.fill = rgb(ramp(DIVERGING, 0.5 + f.effect / (2 * largest)));
-        const words = [`#${f.feature} ${labelOf(f)}`, `layer ${layer.layer}, position ${f.position} ${quote(visible(trace.tokens[f.position] || ""))}`, `activation ${fmt(f.activation)}, off ${fmt(f.off_value)}`,
-          `if off: measured ${signed(f.effect)}, predicted ${signed(f.predicted_effect)}`, f.answer_if_off === trace.answer ? "the answer stays" : `the answer becomes ${quote(f.answer_if_off)}`];
-        if (f.label) words[0] += ` (F1 ${fixed(f.label.f1, 2)}, ${f.label.source})`;
-        const link = s("a", { class: "dot-link", href: address(trace.model, layer.layer, f.feature), "aria-label": words.join("; ") }, dot);
-        link.addEventListener("pointermove", (event) => { light(key); showTip(words.join("\n"), event); });
-        link.addEventListener("pointerleave", () => { light(null); hideTip(); });
-        link.addEventListener("focus", () => light(key));
-        link.addEventListener("blur", () => light(null));
-        svg.append(link);
-      });
-    }
-  });
-  const x = left + across * trace.layers.length + 14, y = top + (Math.min(trace.num_prompt_tokens, trace.tokens.length) - 0.5) * down;
-  const answer = s("text", { x, y: y - 1 }, answerText);
-  answer.style.fontWeight = "700";
-  answer.style.fontSize = "14px";
-  svg.append(s("text", { class: "soft", x, y: 14 }, "answer"), answer, s("text", { class: "soft", x, y: y + 15 }, `p = ${fixed(trace.answer_probability, 2)}`));
-  return svg;
-}
-
-function traceView(trace) {
-  const nodes = new Map();
-  const light = (key) => {
-    for (const [own, items] of nodes) items.forEach((node) => node.classList.toggle("lit", own === key));
-  };
-  const remember = (key, node) => { nodes.has(key) ? nodes.get(key).push(node) : nodes.set(key, [node]); return node; };
-  const picture = tracePicture(trace, light);
-  for (const dot of picture.querySelectorAll(".dot")) remember(dot.dataset.key, dot);
-  const reading = h("div", { class: "reading", tabindex: 0, role: "region", "aria-label": "Reading by layer" }, trace.layers.map((layer) => [
-    h("h4", {}, `Layer ${layer.layer} `, h("small", {}, `${fmt(layer.num_active)} active per token, FVU here ${fixed(layer.fvu, 2)}, without its error ${signed(layer.error_effect)}`)),
-    layer.features.length === 0 ? h("small", {}, "no feature shown") : layer.features.map((f) => {
-      const key = `${layer.layer}/${f.position}/${f.feature}`;
-      const at = `at position ${f.position} ${quote(visible(trace.tokens[f.position] || ""))}; predicted ${signed(f.predicted_effect)}`;
-      const link = h("a", { href: address(trace.model, layer.layer, f.feature), title: `${labelOf(f)}, ${at}`, onpointerenter: () => light(key), onpointerleave: () => light(null) },
-        h("span", {}, "#" + f.feature), h("span", { class: f.label ? null : "unlabelled" }, labelOf(f)), h("span", { class: "n", title: "activation" }, fixed(f.activation, 2)),
-        h("span", { class: "n", title: "held-out F1 of the label" }, f.label ? "F1 " + fixed(f.label.f1, 2) : ""), h("span", { class: "n" }, "if off: " + fixed(f.effect, 2)));
-      return remember(key, link);
-    })]));
-  const verdict = trace.correct === false ? `expected ${quote(trace.expected ?? "?")}` : trace.correct === true ? "correct" : "whether it is right is not known";
-  const facts = [
-    ["prompt", quote(trace.prompt)],
-    ["answer score", `${signed(trace.score)} logits over the runner-up ${quote(trace.runner_up)}` + (trace.complete ? "" : "; the answer was cut at the longest length allowed")],
-    ["off means", trace.off],
-    ["verification", `${plural(trace.num_verified, "effect")} measured in the real model; Pearson r of predicted and measured ${trace.prediction_r === null ? "not defined" : fixed(trace.prediction_r, 2)}`],
-    ["random features", `mean |effect| ${fmt(trace.random_effect)} logits for as many randomly drawn active features`],
-  ];
-  return [
-    trace.forced && h("p", { class: "banner" }, "Made with dictionaries that failed the quality gate (--force)."),
-    h("p", { class: "answer" + (trace.correct === false ? " wrong" : "") }, `${trace.model} answers ${quote(trace.answer)} (p = ${fixed(trace.answer_probability, 2)}), ${verdict}.`),
-    h("dl", { class: "facts two" }, facts.map(([k, v]) => [h("dt", {}, k), h("dd", {}, v)]), trace.notes.map((note) => [h("dt", {}, "note"), h("dd", {}, note)])),
-    h("div", { class: "legend" }, h("span", {}, "effect on the answer score when off: supports it", h("span", { class: "ramp", style: { background: gradient(DIVERGING) } }), "works against it"),
-      h("span", {}, "area: activation, relative to the largest shown in the layer"), h("span", {}, "click a circle for the feature")),
-    h("div", { class: "traced" }, h("div", { class: "picture" }, picture), reading),
-  ];
-}
-
-function drawTraces() {
-  if (!data.traces.length) return section("trace", "Trace", null, empty("No prompt has been traced.", `trace ${RUN} "PROMPT"`));
-  const box = h("div", { id: "trace-view" });
-  const show = (value) => box.replaceChildren(...traceView(data.traces[Number(value)]).flat(Infinity).filter(Boolean));
-  section("trace", "Trace", "One prompt through every layer: which features are active, and what happens to the answer when one is switched off.",
-    h("div", { class: "controls" }, select("trace", data.traces.map((t, i) => [i, `${t.model}: ${shorten(t.prompt, 80)}`]), show, { id: "trace-choice" })), box);
-  show(0);
-  return (number) => {
-    document.getElementById("trace-choice").value = number;
-    show(number);
-    document.getElementById("trace").scrollIntoView();
-  };
-}
+// ---- 6. trace: in trace.js
 
 // ---- 7. compare
 
