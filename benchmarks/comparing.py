@@ -13,6 +13,7 @@ from itertools import islice
 from pages import RESULTS, hardware_and_date, write_between
 
 from throughline import api
+from throughline.cli.compared import describe_chain, main_chain
 from throughline.records import Comparison, ComparisonTotals, ConceptInModel, Estimate, Standings
 from throughline.zoo.texts import sample_problems
 
@@ -54,6 +55,10 @@ def describe_one(found: Comparison) -> list[str]:
             lives = (concept.lives.get(m) for m in found.models)
             cells = ["" if life is None else f"{life.birth:.2f}-{life.death:.2f}" for life in lives]
             lines.append(f"| {concept.name} | {' | '.join(cells)} |")
+    lines += ["", "The chain with the largest measured effect in each model:", ""]
+    for model, trace in found.traces.items():
+        chain = main_chain(trace)
+        lines.append(f"- {model}: {describe_chain(trace, chain) if chain else 'none'}")
     return [*lines, ""]
 
 

@@ -343,7 +343,8 @@ def test_totals_are_means_of_what_single_prompts_have():
         compare_traces(traces, {m: each[i] for m, each in readings.items()}, matches, labels).standings for i in (0, 1)
     ]
     for standing, share in total[A.name].active.items():
-        assert share.value == pytest.approx(np.mean([one[A.name].active[standing].value for one in single]))
+        each = np.array([one[A.name].active[standing].value for one in single], float)
+        assert share.value == pytest.approx(each.mean())
     assert (total[A.name].num_active, total[A.name].active["universal"].n) == (2.5, 2)
     assert total[B.name].active["universal"].n == 1  # of the prompt on which none is active there is no share
     assert total[A.name].live == single[0][A.name].live

@@ -141,12 +141,18 @@ def _concepts(out: Console, found: Comparison) -> None:
 
 def _chain(out: Console, trace: Trace) -> None:
     """The chain with the largest effect on the answer."""
-    chains = sorted(trace.chains, key=lambda c: -abs(c.predicted if c.measured is None else c.measured))
+    chain = main_chain(trace)
     out.print(Text(trace.model))
-    if not chains:
+    if chain is None:
         out.print("  no chain leads to the answer")
         return
-    _say(out, "main chain: " + describe_chain(trace, chains[0]), "  ", "    ")
+    _say(out, "main chain: " + describe_chain(trace, chain), "  ", "    ")
+
+
+def main_chain(trace: Trace) -> Chain | None:
+    """The chain with the largest effect, measured if it was."""
+    effects = [abs(c.predicted if c.measured is None else c.measured) for c in trace.chains]
+    return trace.chains[effects.index(max(effects))] if effects else None
 
 
 def describe_chain(trace: Trace, chain: Chain) -> str:
