@@ -243,8 +243,8 @@ def test_features_whose_calls_fail_are_named_and_asked_again(run, served, proxy,
     num_asked = len(proxy.asked)
     with pytest.raises(SystemExit) as ended:
         main(["label", str(run), "--yes", "--device", "cpu"])
-    out, _ = capsys.readouterr()
-    assert not ended.value.code and "calls failed" not in out
+    out, said = capsys.readouterr()
+    assert not ended.value.code and "calls failed" not in out, said
     assert api.load_run(run).table("zoo/pythia", "labels").equals(undisturbed)
     assert len(proxy.asked) > num_asked and max(Counter(proxy.answered).values()) == 1
 

@@ -211,6 +211,7 @@ def _ask_for_labels(session: Session, pending: list[ModelSpec], asking: Asking, 
     with ExitStack() as stack:
         tables = {spec.name: session.run.table(spec.name, "labels") for spec in pending}
         free = {name: table.filter(pl.col("source") != ASKING) for name, table in tables.items()}
+        beside = {n: {t: session.run.table(n, t) for t in ("coverage", "families")} for n in tables}  # of the same step
         prepared = [stack.enter_context(asking.prepared(spec.name, free[spec.name])) for spec in pending]
         asking.require_approval([p.labeler.estimate(p.cases) for p in prepared], approve)
         for spec, ready in zip(pending, prepared, strict=True):
@@ -221,6 +222,7 @@ def _ask_for_labels(session: Session, pending: list[ModelSpec], asking: Asking, 
                 table = pl.concat([free[spec.name], labels]).sort("layer", "feature", "source")
                 files.append(session.run.write_table(spec.name, "labels", table))
                 files.append(session.run.write_asked(asked))
+                files += [session.run.write_table(spec.name, name, t) for name, t in beside[spec.name].items()]
 
 
 def _is_labelled(session: Session, spec: ModelSpec) -> bool:
