@@ -50,17 +50,20 @@ class Effects(NamedTuple):
         return Effects(*(values[rows] for values in self))
 
 
+def batch_copies(subject: Subject, num: int) -> tuple[Int[Tensor, "B"], ...]:
+    """Numbers 0 to `num` in batches, for so many copies of the text as go through the model at once."""
+    return torch.arange(num, device=subject.model.device).split(max(1, TOKENS_OF_A_PASS // len(subject.answer.ids)))
+
+
 @torch.no_grad()
 def switch_off(subject: Subject, nodes: Nodes, watched: Nodes | None = None) -> Effects:
     """The effects of each node alone, measured; `watched` are features of a later layer whose change is read too."""
     model, answer, layer = subject.model, subject.answer, nodes.layer
-    suffix, steps_ND, x_TD = model.after(layer), nodes.steps(subject), subject.clean.x[layer]
+    suffix, steps_ND = model.after(layer), nodes.steps(subject)
     clean_C = torch.tensor(subject.scores, device=model.device)
 
     def measure(chosen_B: Tensor) -> Effects:
-        start_BTD = x_TD.repeat(len(chosen_B), 1, 1)
-        rows_B = torch.arange(len(chosen_B), device=model.device)
-        start_BTD[rows_B, nodes.positions_N[chosen_B]] += steps_ND[chosen_B]
+        start_BTD = _moved(subject, nodes.select(chosen_B), steps_ND[chosen_B])
         output = suffix.run(
             suffix.inputs(torch.tensor([answer.ids] * len(chosen_B))),
             edits={layer: lambda _: start_BTD},
@@ -72,8 +75,7 @@ def switch_off(subject: Subject, nodes: Nodes, watched: Nodes | None = None) -> 
         seen = (empty, empty) if watched is None else _watch(subject, watched, output.residuals[watched.layer])
         return Effects(answer.scores(output.logits) - clean_C, output.logits.argmax(-1), *seen)
 
-    batches = torch.arange(len(nodes), device=model.device).split(max(1, TOKENS_OF_A_PASS // len(answer.ids)))
-    parts = list(spread(measure, batches, model.device))
+    parts = list(spread(measure, batch_copies(subject, len(nodes)), model.device))
     return Effects(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 

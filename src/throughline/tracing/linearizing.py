@@ -22,13 +22,13 @@ from throughline.models import LanguageModel
 from throughline.models.freezing import frozen
 from throughline.pools import spread
 from throughline.tracing.baselines import Baseline
+from throughline.tracing.interventions import batch_copies
 from throughline.tracing.texts import Subject
 
 Linearization = Literal["plain", "frozen", "integrated"]
 LINEARIZATIONS: tuple[Linearization, ...] = ("plain", "frozen", "integrated")
 STEPS = 10
 STEPS_BETWEEN = 5  # of features of the next layer
-TOKENS_OF_A_PASS = 1024
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def feature_gradients(
     model, ids = subject.model, subject.answer.ids
     streams_STD = streams_between(subject.clean.x[layer], stream_of(subject, baseline, layer), how, STEPS_BETWEEN)
     readers_ND = subject.dictionaries[following].readers(features_N)
-    suffix, num = model.after(layer), len(features_N)
+    suffix = model.after(layer)
 
     def differentiate(chosen_B: Tensor) -> Tensor:
         total_BTD = torch.zeros(len(chosen_B), *streams_STD.shape[1:], device=model.device)
@@ -95,7 +95,7 @@ def feature_gradients(
                 total_BTD += torch.autograd.grad(read_B, start)[0]
         return total_BTD / len(streams_STD)
 
-    batches = torch.arange(num, device=model.device).split(max(1, TOKENS_OF_A_PASS // len(ids)))
+    batches = batch_copies(subject, len(features_N))
     with linearized(model, how):
         if how == "frozen":  # its hooks are for one thread
             return torch.cat([differentiate(batch) for batch in batches])

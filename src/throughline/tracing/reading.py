@@ -181,7 +181,7 @@ def _choose_shown(inputs: TraceInputs, subject: Subject, graph: Graph, options: 
                 chosen.append(i)
                 there.add(features[i])
         numbers = torch.tensor(chosen, dtype=torch.long, device=nodes.features_N.device)
-        controls = draw_controls(subject, nodes, numbers, rng) if options.verify else numbers[:0]
+        controls = draw_controls(nodes, numbers, rng) if options.verify else numbers[:0]
         shown[layer] = Shown(numbers, controls)
     return shown
 

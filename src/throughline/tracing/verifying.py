@@ -7,7 +7,6 @@ import torch
 
 from throughline.records import Agreement
 from throughline.tracing.interventions import Effects, Nodes
-from throughline.tracing.texts import Subject
 
 FEWEST = 3  # pairs of numbers from which a correlation is taken
 NOTICEABLE = (
@@ -39,7 +38,7 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def draw_controls(subject: Subject, nodes: Nodes, shown: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def draw_controls(nodes: Nodes, shown: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """For each node shown a random other one of the layer, at its position if there is one not shown; numbers in `nodes`."""
     taken = set(shown.tolist())
     picks = []
