@@ -16,7 +16,7 @@ from torch import Tensor
 
 import throughline.tracing.baselines as baselines
 import throughline.tracing.interventions as interventions
-import throughline.tracing.reading as reading
+import throughline.tracing.showing as showing
 from builders import WORDS, random_dictionary, random_documents, tiny_model
 from throughline.codes import Codes, encode_text
 from throughline.dictionaries import Dictionary
@@ -288,7 +288,7 @@ def test_the_control_is_as_many_random_features(case, monkeypatch):
         switched.append((len(nodes), result.scores_NC.mean(1).numpy()))
         return result
 
-    monkeypatch.setattr(reading, "switch_off", spy)
+    monkeypatch.setattr(showing, "switch_off", spy)
     trace = read(*case)
     assert [n for n, _ in switched] == [2 * len(layer.features) for layer in trace.layers]
     random_effects = [abs(e) for n, effects in switched for e in effects[n // 2 :]]

@@ -1,7 +1,8 @@
 """One prompt followed through every layer of a model; and many prompts read at once."""
 
+from throughline.tracing.inputs import TraceInputs
 from throughline.tracing.prompts import Prompt, check_prompts, list_prompts, read_prompts
-from throughline.tracing.reading import TraceInputs, TraceOptions, check_prompt, trace_prompt
+from throughline.tracing.reading import TraceOptions, check_prompt, trace_prompt
 
 __all__ = [
     "Prompt",

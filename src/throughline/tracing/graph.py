@@ -56,6 +56,7 @@ class LayerNodes:
 class Boundary(NamedTuple):
     """What passes from the kept nodes of a layer [M] to those of the next [M2]; rows are targets."""
 
+    to: int  # the next layer
     per_unit: Float[Tensor, "M2 M"]
     share_features: Float[Tensor, "M2"]  # of |activation * gradient| over all sources; the rest comes from errors
     shares: Float[Tensor, "M2 M"]  # of the kept sources
@@ -118,7 +119,7 @@ def _connect(
     with torch.no_grad():
         W_dec = subject.dictionaries[sources.layer].W_dec
         per_unit = torch.einsum("md,nmd->nm", W_dec[sources.features_N], gradients_NTD[:, sources.positions_N])
-        return Boundary(per_unit, *_divide(subject, sources, gradients_NTD, per_unit))
+        return Boundary(targets.layer, per_unit, *_divide(subject, sources, gradients_NTD, per_unit))
 
 
 def _divide(subject: Subject, sources: Nodes, gradients_NTD: Tensor, per_unit: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,10 +45,6 @@ class Effects(NamedTuple):
     linear_NM: Float[Tensor, "N M"]
     activation_NM: Float[Tensor, "N M"]
 
-    def select(self, rows: list[int]) -> "Effects":
-        """The effects of some of the changes."""
-        return Effects(*(values[rows] for values in self))
-
 
 def batch_copies(subject: Subject, num: int) -> tuple[Int[Tensor, "B"], ...]:
     """Numbers 0 to `num` in batches, for so many copies of the text as go through the model at once."""

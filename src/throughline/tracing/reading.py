@@ -8,88 +8,26 @@
    faithfulness of the most influential nodes are measured too (`interventions`, `verifying`, `faithfulness`)
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 import torch
 
-from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
-from throughline.models import LanguageModel
-from throughline.records import ActiveFeature, Label, LayerReading, Place, Target, Trace, TraceEdge, Verification
+from throughline.records import ActiveFeature, LayerReading, Target, Trace, TraceEdge
 from throughline.tokens import encode_prompt
 from throughline.tracing.answer import find_answer, spell
-from throughline.tracing.baselines import Baseline, OffKind, find_baseline
-from throughline.tracing.faithfulness import RANDOM_DRAWS, measure_faithfulness
-from throughline.tracing.graph import Graph, LayerNodes, build_graph, measure_scores
-from throughline.tracing.interventions import Effects, Nodes, answers_if_off, switch_off
+from throughline.tracing.baselines import OffKind, find_baseline
+from throughline.tracing.graph import Graph, LayerNodes, build_graph
+from throughline.tracing.inputs import TraceInputs
+from throughline.tracing.interventions import Nodes
 from throughline.tracing.linearizing import Linearization
+from throughline.tracing.showing import Shown, choose_shown, measure_shown
 from throughline.tracing.steering import Setting, check_settings, steer
 from throughline.tracing.telling import tell_chains
 from throughline.tracing.texts import Subject, find_subject
-from throughline.tracing.verifying import NOTICEABLE, agree, draw_controls, split_edges
-
-NUM_LABELLED = 2  # labelled features shown beyond the most influential ones
-SURE = 0.9  # F1 from which a label is preferred there
-
-
-@dataclass(frozen=True)
-class TraceInputs:
-    """What a trace is made with: the model, its dictionaries, and the tables of features and of labels that reached the bar.
-
-    `throughlines` (columns layer, feature, throughline, birth, death) is None where the run has none.
-    """
-
-    model: LanguageModel
-    dictionaries: dict[int, Dictionary]
-    features: pl.DataFrame
-    labels: pl.DataFrame
-    throughlines: pl.DataFrame | None = None
-    seed: int = 0
-    forced: bool = False
-
-    def role_means(self, layer: int) -> np.ndarray:
-        """Mean activation of each feature over held-out tokens of each role, [F, roles]."""
-        column = self.features.filter(pl.col("layer") == layer).sort("feature")["role_means"]
-        return np.array(column.to_list())
-
-    @cached_property
-    def _labels(self) -> dict[int, dict[int, dict[str, Any]]]:
-        found: dict[int, dict[int, dict[str, Any]]] = {}
-        for row in self.labels.iter_rows(named=True):
-            found.setdefault(row["layer"], {})[row["feature"]] = row
-        return found
-
-    def labels_of(self, layer: int) -> dict[int, dict[str, Any]]:
-        """The label row of each feature of a layer that has one. It speaks only of activations above its threshold."""
-        return self._labels.get(layer, {})
-
-    @cached_property
-    def top_tokens(self) -> dict[tuple[int, int], list[str]]:
-        """By layer and feature."""
-        columns = (self.features[c].to_list() for c in ("layer", "feature", "top_tokens"))
-        return {(layer, feature): tokens for layer, feature, tokens in zip(*columns, strict=True)}
-
-    def name_step(self, places: Sequence[Place], activations: Mapping[Place, float]) -> str:
-        """Words for the features of one step of a chain: the first label that speaks, or the first feature's top tokens."""
-        for place in places:
-            label = find_label(self, place[0], place[2], activations[place])
-            if label is not None:
-                return label.text
-        tokens = self.top_tokens.get((places[0][0], places[0][2]), [])
-        return "unlabelled: " + ", ".join(map(repr, tokens[:3]))
-
-    @cached_property
-    def lives(self) -> dict[tuple[int, int], tuple[int, int, int]]:
-        """By layer and feature: number, birth and death of its throughline."""
-        if self.throughlines is None:
-            return {}
-        rows = self.throughlines.select("layer", "feature", "throughline", "birth", "death").iter_rows()
-        return {(layer, feature): rest for layer, feature, *rest in rows}  # pyright: ignore[reportReturnType]
+from throughline.tracing.verifying import verify
 
 
 @dataclass(frozen=True)
@@ -108,16 +46,6 @@ class TraceOptions:
     settings: tuple[Setting, ...] = ()  # features set by hand
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A layer's shown nodes (numbers in its nodes), the random ones beside them, and their effects; none if not verified."""
-
-    numbers: torch.Tensor
-    controls: torch.Tensor
-    effects: Effects | None = None
-    answers: list[str] = field(default_factory=list)
-
-
 def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expected: str | None = None) -> Trace:
     """The layered reading of `prompt`.
 
@@ -134,9 +62,9 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
     if baseline.others_C is not None:
         subject = subject.held_against(baseline.others_C)
     graph = build_graph(subject, baseline, options.linearization, options.share, options.most_nodes)
-    shown = _choose_shown(inputs, subject, graph, options)
+    shown = choose_shown(inputs, prompt, graph, options.num_features, options.verify)
     if options.verify:
-        shown = {layer: _measure(subject, graph, layer, mine) for layer, mine in shown.items()}
+        shown = {layer: measure_shown(subject, graph, layer, mine) for layer, mine in shown.items()}
     scores = subject.scores
     text = spell(model, answer.prompt_ids, answer.answer_ids)
     return Trace(
@@ -158,48 +86,11 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
         layers=[_read_layer(inputs, subject, graph, layer, shown[layer]) for layer in subject.layers],
         edges=_list_edges(graph, shown),
         chains=tell_chains(inputs, subject, graph, options.num_chains, options.verify),
-        verification=_verify(inputs, subject, baseline, graph, shown) if options.verify else None,
+        verification=verify(subject, baseline, graph, shown, inputs.seed) if options.verify else None,
         steering=steer(inputs, subject, baseline, options.settings) if options.settings else None,
         forced=inputs.forced,
         notes=_notes(subject, text, expected),
     )
-
-
-def _choose_shown(inputs: TraceInputs, subject: Subject, graph: Graph, options: TraceOptions) -> dict[int, Shown]:
-    """Nodes with the largest predicted effects; then labelled ones, surely labelled first, one per feature."""
-    rng = np.random.default_rng([inputs.seed, *subject.prompt.encode()])
-    shown = {}
-    for layer, mine in graph.layers.items():
-        labels, nodes = inputs.labels_of(layer), mine.nodes
-        order = mine.influence_N.argsort(descending=True, stable=True).tolist()
-        features, own = nodes.features_N.tolist(), nodes.own_N.tolist()
-        chosen = order[: options.num_features]
-        there = {features[i] for i in chosen}
-        labelled = [i for i in order if _speaks(labels.get(features[i]), own[i])]
-        for i in sorted(labelled, key=lambda i: labels[features[i]]["f1"] < SURE):
-            if len(chosen) < options.num_features + NUM_LABELLED and features[i] not in there:
-                chosen.append(i)
-                there.add(features[i])
-        numbers = torch.tensor(chosen, dtype=torch.long, device=nodes.features_N.device)
-        controls = draw_controls(nodes, numbers, rng) if options.verify else numbers[:0]
-        shown[layer] = Shown(numbers, controls)
-    return shown
-
-
-def _speaks(label: dict[str, Any] | None, activation: float) -> bool:
-    return label is not None and activation > label["threshold"]
-
-
-def _measure(subject: Subject, graph: Graph, layer: int, shown: Shown) -> Shown:
-    nodes = graph.layers[layer].nodes.select(torch.cat([shown.numbers, shown.controls]))
-    effects = switch_off(subject, nodes, _next_kept(subject, graph, layer))
-    mine = graph.layers[layer].nodes.select(shown.numbers)
-    return Shown(shown.numbers, shown.controls, effects, answers_if_off(subject, mine, effects.preferred_NP))
-
-
-def _next_kept(subject: Subject, graph: Graph, layer: int) -> Nodes | None:
-    following = [other for other in subject.layers if other > layer][:1]
-    return graph.layers[following[0]].kept if following else None
 
 
 @torch.no_grad()
@@ -245,25 +136,17 @@ def _describe(inputs: TraceInputs, layer: LayerNodes, i: int, shown: Shown) -> A
         effects=effects,
         predicted_effects=predicted,
         answer_if_off=shown.answers[i] if shown.answers else None,
-        label=find_label(inputs, nodes.layer, feature, own),
+        label=inputs.find_label(nodes.layer, feature, own),
         top_tokens=inputs.top_tokens.get((nodes.layer, feature), []),
         lifetime=None if life is None else (life[1], life[2]),
     )
-
-
-def find_label(inputs: TraceInputs, layer: int, feature: int, activation: float) -> Label | None:
-    """The feature's label, if it has one that speaks of so large an activation."""
-    row = inputs.labels_of(layer).get(feature)
-    if row is None or not _speaks(row, activation):
-        return None
-    return Label(text=row["label"], **{name: row[name] for name in Label.model_fields if name != "text"})
 
 
 def _list_edges(graph: Graph, shown: Mapping[int, Shown]) -> list[TraceEdge]:
     """Edges from shown nodes to shown nodes of the next layer, with what was measured."""
     edges = []
     for layer, boundary in graph.boundaries.items():
-        below, above = graph.layers[layer], graph.layers[_after(graph, layer)]
+        below, above = graph.layers[layer], graph.layers[boundary.to]
         column = {int(n): i for i, n in enumerate(below.kept_M)}
         row = {int(n): i for i, n in enumerate(above.kept_M)}
         wanted = [n for n in shown[above.nodes.layer].numbers.tolist() if n in row]
@@ -285,69 +168,8 @@ def _list_edges(graph: Graph, shown: Mapping[int, Shown]) -> list[TraceEdge]:
     return edges
 
 
-def _after(graph: Graph, layer: int) -> int:
-    return min(other for other in graph.layers if other > layer)
-
-
 def _place(nodes: Nodes, number: int) -> tuple[int, int, int]:
     return nodes.layer, int(nodes.positions_N[number]), int(nodes.features_N[number])
-
-
-def _verify(
-    inputs: TraceInputs, subject: Subject, baseline: Baseline, graph: Graph, shown: Mapping[int, Shown]
-) -> Verification:
-    predicted, measured, random_predicted, random_measured = [], [], [], []
-    for layer, mine in shown.items():
-        assert mine.effects is not None
-        effects, n = mine.effects.scores_NC.cpu().numpy(), len(mine.numbers)
-        both = graph.layers[layer].predicted_NC[torch.cat([mine.numbers, mine.controls])].cpu().numpy()
-        predicted.append(both[:n])
-        random_predicted.append(both[n:])
-        measured.append(effects[:n])
-        random_measured.append(effects[n:])
-    noticeable = NOTICEABLE * abs(float(np.mean(subject.scores)))
-    within, across = _edges_of(graph, shown)
-    by_chance = np.concatenate(random_measured).mean(1)
-    points, num_candidates = measure_faithfulness(subject, baseline, inputs.seed)
-    replacement, completeness = measure_scores(subject, graph)
-    largest = [NOTICEABLE * float(np.abs(edges[1]).max(initial=0)) for edges in (within, across)]
-    return Verification(
-        nodes=agree("shown features", np.concatenate(predicted), np.concatenate(measured), noticeable, inputs.seed),
-        controls=agree(
-            "random features",
-            np.concatenate(random_predicted),
-            np.concatenate(random_measured),
-            noticeable,
-            inputs.seed,
-        ),
-        within=agree("edges within a position", within[0], within[1], largest[0], inputs.seed),
-        across=agree("edges between positions", across[0], across[1], largest[1], inputs.seed),
-        random_effect=float(np.abs(by_chance).mean()) if len(by_chance) else 0.0,
-        num_random=len(by_chance),
-        faithfulness=points,
-        num_candidates=num_candidates,
-        random_draws=RANDOM_DRAWS,
-        replacement=replacement,
-        completeness=completeness,
-    )
-
-
-def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of a measured node that is kept and a kept feature of the next layer, within and between positions."""
-    none = np.zeros((2, 0))
-    sources, targets, predicted, effects = {}, {}, {}, {}
-    for layer, boundary in graph.boundaries.items():
-        mine, column = shown[layer], {int(n): i for i, n in enumerate(graph.layers[layer].kept_M)}
-        assert mine.effects is not None
-        rows = [i for i, n in enumerate(mine.numbers.tolist()) if n in column]
-        columns = [column[int(mine.numbers[i])] for i in rows]
-        sources[layer] = graph.layers[layer].nodes.select(mine.numbers[rows])
-        targets[layer] = graph.layers[_after(graph, layer)].kept
-        steps = (sources[layer].off_N - sources[layer].own_N)[:, None]
-        predicted[layer] = (steps * boundary.per_unit[:, columns].T).cpu().numpy()
-        effects[layer] = mine.effects.select(rows)
-    within, across = split_edges(sources, targets, predicted, effects)
-    return np.concatenate([none, *within], axis=1), np.concatenate([none, *across], axis=1)
 
 
 def _targets(subject: Subject, scores: list[float]) -> list[Target]:

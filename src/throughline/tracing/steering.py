@@ -8,7 +8,6 @@ trace's baseline, and beyond the traced text that of its last position.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +15,9 @@ from torch import Tensor
 from throughline.errors import InputError
 from throughline.records import Change, Steering
 from throughline.tracing.baselines import Baseline
+from throughline.tracing.inputs import TraceInputs
 from throughline.tracing.interventions import say_under
 from throughline.tracing.texts import Subject
-
-if TYPE_CHECKING:
-    from throughline.tracing.reading import TraceInputs
 
 CHANGES_SHOWN = 3  # per layer
 FORM = "layer=4,feature=237,off (or x2, or =1.5; position=8 for one position)"
@@ -77,7 +74,7 @@ def check_settings(subject: Subject, settings: Sequence[Setting]) -> None:
 
 
 @torch.no_grad()
-def steer(inputs: "TraceInputs", subject: Subject, baseline: Baseline, settings: Sequence[Setting]) -> Steering:
+def steer(inputs: TraceInputs, subject: Subject, baseline: Baseline, settings: Sequence[Setting]) -> Steering:
     """The answer and the features downstream with the settings in force."""
     check_settings(subject, settings)
     model, answer = subject.model, subject.answer
@@ -125,7 +122,7 @@ def _edit(subject: Subject, baseline: Baseline, settings: Sequence[Setting]) -> 
     return edit
 
 
-def _changes(inputs: "TraceInputs", subject: Subject, x: dict[int, Tensor], first: int) -> list[Change]:
+def _changes(inputs: TraceInputs, subject: Subject, x: dict[int, Tensor], first: int) -> list[Change]:
     """The features that changed most in each layer from the first one set."""
     found = []
     for layer in (layer for layer in subject.layers if layer >= first):

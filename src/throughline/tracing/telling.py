@@ -1,21 +1,18 @@
 """Chains of a graph in words: found, collapsed to one step for each throughline, and measured in the real model."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from throughline.records import Chain, ChainStep
 from throughline.tracing.chains import Path, find_paths, join_steps
 from throughline.tracing.graph import Graph
+from throughline.tracing.inputs import TraceInputs
 from throughline.tracing.interventions import Nodes, add_at, follow_paths, say_under, switch_together
 from throughline.tracing.texts import Subject
 
-if TYPE_CHECKING:
-    from throughline.tracing.reading import TraceInputs
 
-
-def tell_chains(inputs: "TraceInputs", subject: Subject, graph: Graph, num_chains: int, measure: bool) -> list[Chain]:
+def tell_chains(inputs: TraceInputs, subject: Subject, graph: Graph, num_chains: int, measure: bool) -> list[Chain]:
     """The strongest chains to each target, strongest first by target."""
     layers = list(graph.layers)
     first, last = graph.layers[layers[0]], graph.layers[layers[-1]]
@@ -60,7 +57,7 @@ def _predict(graph: Graph, layer: int, i: int, found: Sequence[tuple[int, Path]]
 
 
 def _tell(
-    inputs: "TraceInputs", by_layer: Sequence[Nodes], i: int, target: int, path: Path, predicted: Sequence[float]
+    inputs: TraceInputs, by_layer: Sequence[Nodes], i: int, target: int, path: Path, predicted: Sequence[float]
 ) -> Chain:
     places = [(n.layer, int(n.positions_N[i]), int(n.features_N[i])) for n in by_layer]
     activation = {place: float(n.own_N[i]) for place, n in zip(places, by_layer, strict=True)}

@@ -5,13 +5,72 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from throughline.records import Agreement
-from throughline.tracing.interventions import Effects, Nodes
+from throughline.records import Agreement, Verification
+from throughline.tracing.baselines import Baseline
+from throughline.tracing.faithfulness import RANDOM_DRAWS, measure_faithfulness
+from throughline.tracing.graph import Graph, measure_scores
+from throughline.tracing.showing import Shown
+from throughline.tracing.texts import Subject
 
 FEWEST = 3  # pairs of numbers from which a correlation is taken
-NOTICEABLE = (
-    0.02  # of the answer score (nodes) or of the largest change (edges): smaller ones have no sign worth speaking of
-)
+NOTICEABLE = 0.02  # of the answer score (nodes) or of the largest change (edges): smaller ones have no sign to speak of
+
+
+def verify(subject: Subject, baseline: Baseline, graph: Graph, shown: Mapping[int, Shown], seed: int) -> Verification:
+    """Predicted against measured of what is shown, and how faithful the most influential nodes are by themselves."""
+    predicted, measured, random_predicted, random_measured = [], [], [], []
+    for layer, mine in shown.items():
+        assert mine.effects is not None
+        effects, n = mine.effects.scores_NC.cpu().numpy(), len(mine.numbers)
+        both = graph.layers[layer].predicted_NC[torch.cat([mine.numbers, mine.controls])].cpu().numpy()
+        predicted.append(both[:n])
+        random_predicted.append(both[n:])
+        measured.append(effects[:n])
+        random_measured.append(effects[n:])
+    noticeable = NOTICEABLE * abs(float(np.mean(subject.scores)))
+    within, across = _edges_of(graph, shown)
+    by_chance = np.concatenate(random_measured).mean(1)
+    points, num_candidates = measure_faithfulness(subject, baseline, seed)
+    replacement, completeness = measure_scores(subject, graph)
+    largest = [NOTICEABLE * float(np.abs(edges[1]).max(initial=0)) for edges in (within, across)]
+    return Verification(
+        nodes=agree("shown features", np.concatenate(predicted), np.concatenate(measured), noticeable, seed),
+        controls=agree(
+            "random features",
+            np.concatenate(random_predicted),
+            np.concatenate(random_measured),
+            noticeable,
+            seed,
+        ),
+        within=agree("edges within a position", within[0], within[1], largest[0], seed),
+        across=agree("edges between positions", across[0], across[1], largest[1], seed),
+        random_effect=float(np.abs(by_chance).mean()) if len(by_chance) else 0.0,
+        num_random=len(by_chance),
+        faithfulness=points,
+        num_candidates=num_candidates,
+        random_draws=RANDOM_DRAWS,
+        replacement=replacement,
+        completeness=completeness,
+    )
+
+
+def _edges_of(graph: Graph, shown: Mapping[int, Shown]) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and measured changes [2, E] of all pairs of a measured node that is kept and a kept feature of the next layer:
+    within a position, and from one position to a later one."""
+    within, across = [np.zeros((2, 0))], [np.zeros((2, 0))]
+    for layer, boundary in graph.boundaries.items():
+        mine, column = shown[layer], {int(n): i for i, n in enumerate(graph.layers[layer].kept_M)}
+        assert mine.effects is not None
+        rows = [i for i, n in enumerate(mine.numbers.tolist()) if n in column]
+        columns = [column[int(mine.numbers[i])] for i in rows]
+        sources, targets = graph.layers[layer].nodes.select(mine.numbers[rows]), graph.layers[boundary.to].kept
+        steps = (sources.off_N - sources.own_N)[:, None]
+        predicted = (steps * boundary.per_unit[:, columns].T).cpu().numpy()
+        measured = mine.effects.linear_NM[rows].cpu().numpy()
+        here, there = sources.positions_N.cpu().numpy()[:, None], targets.positions_N.cpu().numpy()[None]
+        for mask, into in ((here == there, within), (here < there, across)):
+            into.append(np.stack([predicted[mask], measured[mask]]))
+    return np.concatenate(within, axis=1), np.concatenate(across, axis=1)
 
 
 def agree(what: str, predicted: np.ndarray, measured: np.ndarray, noticeable: float, seed: int) -> Agreement:
@@ -36,35 +95,3 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float | None:
     if len(a) < FEWEST or np.std(a) == 0 or np.std(b) == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def draw_controls(nodes: Nodes, shown: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """For each node shown a random other one of the layer, at its position if there is one not shown; numbers in `nodes`."""
-    taken = set(shown.tolist())
-    picks = []
-    for node in shown.tolist():
-        same = (nodes.positions_N == nodes.positions_N[node]).nonzero()[:, 0].tolist()
-        free = [i for i in same if i not in taken] or [i for i in range(len(nodes)) if i not in taken]
-        if free:
-            picks.append(int(rng.choice(free)))
-            taken.add(picks[-1])
-    return torch.tensor(picks, dtype=torch.long, device=nodes.features_N.device)
-
-
-def split_edges(
-    sources: Mapping[int, Nodes],
-    targets: Mapping[int, Nodes],
-    predicted: Mapping[int, np.ndarray],
-    effects: Mapping[int, Effects],
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Predicted and measured changes of all pairs (shown node, kept feature of the next layer), [2, E]: within a position,
-    and from one position to a later one."""
-    within, across = [], []
-    for layer, prediction in predicted.items():
-        measured = effects[layer].linear_NM.cpu().numpy()
-        here, there = (n.positions_N.cpu().numpy() for n in (sources[layer], targets[layer]))
-        same = here[:, None] == there[None]
-        later = here[:, None] < there[None]
-        for mask, into in ((same, within), (later, across)):
-            into.append(np.stack([prediction[mask], measured[mask]]))
-    return within, across
