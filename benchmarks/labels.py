@@ -1,7 +1,7 @@
 """Coverage of labels beside the untrained dictionary's, and the best feature of each family, over seeds, into docs/results.md.
 
-    for seed in 0 1 2; do throughline train examples/zoo-transfer.yaml --out runs/labels-$seed --set training.seed=$seed
-        --set training.ceiling_seeds=0 --set evaluation.sample_tokens=10000; done      (then evaluate and label each)
+    for seed in 0 1 2; do throughline train examples/zoo-labels.yaml --out runs/labels-$seed --set training.seed=$seed;
+        throughline evaluate runs/labels-$seed; throughline label runs/labels-$seed; done
     python benchmarks/labels.py runs/labels-0 runs/labels-1 runs/labels-2 --write
 
 The seed draws the dictionaries' first weights, the training text, the selection text and the held-out text.
@@ -17,8 +17,7 @@ from throughline.records import best_of_families
 from throughline.run_dir import RunDir
 
 COMMAND = (
-    "`throughline train examples/zoo-transfer.yaml --set training.seed=SEED --set training.ceiling_seeds=0 "
-    "--set evaluation.sample_tokens=10000`, `throughline evaluate` and `label` of each, "
+    "`throughline train examples/zoo-labels.yaml --set training.seed=SEED`, `throughline evaluate` and `label` of each, "
     "`python benchmarks/labels.py RUNS --write`"
 )
 FAMILIES = ("units", "tens", "carry", "sum")

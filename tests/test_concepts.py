@@ -13,7 +13,7 @@ import oracles
 from builders import make_codes
 from throughline.errors import InputError
 from throughline.labelers import LayerText
-from throughline.labelers.choosing import MIN_MASS, choose_predicates
+from throughline.labelers.choosing import CAUTION, MIN_MASS, choose_predicates, lowest_f1
 from throughline.labelers.concepts import Concepts, find_concepts
 from throughline.labelers.lexical import add_classes
 from throughline.labelers.numbers import digit_sets, read_numbers, sum_sets, value_sets
@@ -79,6 +79,7 @@ def equals_too(monkeypatch):
         ("token number 2 of the text", lambda t, i: i == 1),
         ("token number 4 of the text or later", lambda t, i: i >= 3),
         ("two digits", lambda t, i: len(t[i]) == 2),
+        ("the last number in 21-27", lambda t, i: 21 <= int(t[i if t[i].isdigit() else i - 1]) < 28),
     ],
 )
 def test_numbers_of_any_text(words, test):
@@ -251,15 +252,41 @@ def test_search_finds_what_trying_all_finds():
         for i, share in enumerate(THRESHOLDS):
             on = dense[:, f] > np.float32(share) * maxima[f]
             if dense[on, f].sum() >= MIN_MASS * dense[:, f].sum():
-                scores[f, i] = 2 * (on @ truths_NC) / (on.sum() + truths_NC.sum(0))
+                scores[f, i] = [
+                    lowest_f1(t, on.sum(), c) for t, c in zip(on @ truths_NC, truths_NC.sum(0), strict=True)
+                ]
     by_feature, by_family = choose_predicates(text.features, found, maxima)
-    assert by_feature.f1 == pytest.approx(scores.max((1, 2)))
+    assert by_feature.low == pytest.approx(scores.max((1, 2)))
     for f in range(7):
-        assert scores[f, THRESHOLDS.index(by_feature.threshold[f]), by_feature.predicate[f]] == by_feature.f1[f]
+        assert scores[f, THRESHOLDS.index(by_feature.threshold[f]), by_feature.predicate[f]] == by_feature.low[f]
     for g in range(len(FAMILIES)):
         mine = scores[:, :, found.families_C == g]
-        assert by_family.f1[g] == pytest.approx(mine.max() if mine.size else -1)
+        assert by_family.low[g] == pytest.approx(mine.max() if mine.size else -1)
         assert mine.size == 0 or found.families_C[by_family.predicate[g]] == g
+
+
+@pytest.mark.parametrize(
+    ("together", "num_active", "num_positive"), [(0, 5, 9), (3, 5, 4), (8, 10, 9), (200, 210, 205)]
+)
+def test_lowest_f1_is_wilsons_bound(together, num_active, num_positive):
+    """The share J at which what was counted lies CAUTION standard deviations above what is expected; F1 = 2 J / (1 + J)."""
+    low, either = lowest_f1(together, num_active, num_positive), num_active + num_positive - together
+    share = low / (2 - low)
+    assert together / either - share == pytest.approx(CAUTION * np.sqrt(share * (1 - share) / either))
+    assert low <= 2 * together / (num_active + num_positive)
+
+
+def test_many_tokens_outweigh_a_lucky_few():
+    """Of a family the feature that has 390 tokens of 400 right is named, not the one with ten of ten."""
+    truths_NC = np.zeros((1000, 2), dtype=np.float32)
+    truths_NC[:10, 0], truths_NC[100:500, 1] = 1, 1
+    f_NF = truths_NC.copy()
+    f_NF[100:110, 1] = 0
+    found = replace(Predicates.of(["few", "many"], sp.csr_array(truths_NC)), families_C=np.zeros(2, dtype=int))
+    features = sp.csr_array(f_NF)
+    by_feature, by_family = choose_predicates(features, found, maxima_of(features))
+    assert by_feature.predicate.tolist() == [0, 1]
+    assert by_family.predicate[0] == by_family.feature[0] == 1
 
 
 def test_a_label_speaks_for_most_of_what_a_feature_does():

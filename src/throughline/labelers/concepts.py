@@ -101,12 +101,12 @@ class Concepts:
             live, named = by_feature.of_live(), by_family.of_live()
             choice = Choice(*(np.concatenate(parts) for parts in zip(live, named, strict=True)))
             table = self._score(selection, heldout, choice, maxima)
-            by_name = table[len(live.f1) :].with_columns(
+            by_name = table[len(live.low) :].with_columns(
                 family=pl.Series([FAMILIES[g] for g in held.families_C[named.predicate]], dtype=pl.String),
-                selection_f1=named.f1,
+                selection_f1=named.low,
             )
             by_name = by_name.filter(pl.col("family").is_in(SPECIFIC)).select(list(FAMILY_COLUMNS))
-            self._reading = _Reading((selection, heldout), table[: len(live.f1)], live.predicate, by_name)
+            self._reading = _Reading((selection, heldout), table[: len(live.low)], live.predicate, by_name)
         return self._reading
 
     def _score(self, selection: LayerText, heldout: LayerText, choice: Choice, maxima_F: np.ndarray) -> pl.DataFrame:

@@ -122,7 +122,7 @@ def value_sets(values_N: np.ndarray) -> Iterator[ValueSet]:
     for value in small:
         yield ValueSet(f"= {value}", [value])
     top = int(small.max(initial=0)) + 1
-    for width, step in ((5, 5), (10, 5), (20, 10), (30, 10), (50, 10)):
+    for width, step in ((3, 1), (5, 1), (7, 1), (10, 2), (15, 5), (20, 5), (30, 10), (50, 10)):
         for first in range(0, top, step):
             yield ValueSet(f"in {first}-{first + width - 1}", range(first, first + width))
     for bound in range(10, top, 10):

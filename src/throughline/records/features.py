@@ -136,9 +136,9 @@ COVERAGE_COLUMNS = {
 FAMILY_COLUMNS = {
     "layer": pl.Int32,
     "family": pl.String,  # of predicates: units, tens, carry, sum
-    "feature": pl.Int32,  # with the best F1 for any of these on the selection text
+    "feature": pl.Int32,  # surest to fit any of these on the selection text
     "label": pl.String,
-    "selection_f1": pl.Float64,
+    "selection_f1": pl.Float64,  # the lower bound by which it was chosen
     **{name: LABEL_COLUMNS[name] for name in ("f1", "num_positive", "base_f1", "neuron_f1", "untrained_f1")},
 }
 
