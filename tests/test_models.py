@@ -206,6 +206,27 @@ def test_hooks_are_gone_after_an_exception(model):
     assert num_hooks(model) == 0
 
 
+@pytest.mark.parametrize("position", [1, 9, 17])
+def test_copies_that_differ_late_need_not_begin_at_the_start(model, position):
+    """Longer than the windows of gemma2 and mistral, which are of 8 tokens."""
+    ids = random_ids(1, 18)
+    past, late = model.remember(ids[0].tolist()).before(position), torch.as_tensor(ids)[:, position:].repeat(3, 1)
+    whole = model.inputs(torch.as_tensor(ids).repeat(3, 1))
+    step = torch.randn(3, 18 - position, model.d_model, generator=torch.Generator().manual_seed(1))
+
+    def edit(x: Tensor) -> Tensor:
+        return torch.cat([x[:, : x.shape[1] - step.shape[1]], x[:, -step.shape[1] :] + step], dim=1)
+
+    with torch.no_grad():
+        wanted = model.run(whole, capture=[2], edits={0: edit})
+        start = model.run(whole, capture=[0], edits={0: edit}).residuals[0][:, position:]
+        found = model.run(model.inputs(late), capture=[2], edits={0: lambda x: x + step}, past=past)
+        again = model.after(0).run(model.inputs(late), capture=[2], edits={0: lambda _: start}, past=past)
+    for one in (found, again):
+        torch.testing.assert_close(logits_of(one), logits_of(wanted)[:, position:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.residuals[2], wanted.residuals[2][:, position:], rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_is_the_effect_of_a_small_edit(model):
     inputs = model.inputs(random_ids(1, 6))
     leaf = model.run(inputs, capture=[0]).residuals[0].detach().requires_grad_()

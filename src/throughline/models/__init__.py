@@ -1,7 +1,7 @@
 """Language models: opened from a hub id, a folder or the zoo; read and edited at the stream after every block."""
 
 from throughline.models.families import FAMILIES, Family
-from throughline.models.language_model import Inputs, LanguageModel, ModelOutput, check_layers
+from throughline.models.language_model import Inputs, LanguageModel, ModelOutput, Past, check_layers
 from throughline.models.opening import check_model, open_model, outline_model, read_tokenizer
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Inputs",
     "LanguageModel",
     "ModelOutput",
+    "Past",
     "check_layers",
     "check_model",
     "open_model",

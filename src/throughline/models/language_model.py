@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from throughline.errors import InputError
@@ -37,6 +37,24 @@ class Inputs(NamedTuple):
     ids: Tensor  # [B, T] int64
     positions: Tensor | None  # [B, T] int64
     mask: Tensor | None  # [B, 1, T, T] added to the attention logits: row query, column key
+
+
+class Past(NamedTuple):
+    """Keys and values [1, heads, T, d] of one text in every block: what copies of it that differ only later attend to."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def before(self, position: int) -> "Past":
+        """Of the tokens before a position alone."""
+        return Past(*(tuple(t[:, :, :position] for t in each) for each in self))
+
+    def copies(self, num: int) -> DynamicCache:
+        """For a batch of `num` rows, as transformers takes it; a forward pass adds to it, so each needs its own."""
+        cache = DynamicCache()
+        for block, (keys, values) in enumerate(zip(*self, strict=True)):
+            cache.update(keys.expand(num, -1, -1, -1), values.expand(num, -1, -1, -1), block)
+        return cache
 
 
 class _Stop(Exception):
@@ -148,13 +166,14 @@ class LanguageModel:
         logits: bool = True,
         last_only: bool = False,
         at: Tensor | None = None,
+        past: Past | None = None,
     ) -> ModelOutput:
         """One forward pass: the residual streams of the layers in `capture`, and the logits.
 
         `edits[i]` takes the stream after block i [B, T, D] and returns what takes its place: what the next block sees
         and what capture records. Gradients flow unless the caller says otherwise. `last_only` gives the logits of each
         row's last token, `at` those of some positions [P]; with `logits=False` the blocks after the last captured or
-        edited one are not computed.
+        edited one are not computed. With `past` every row is what comes after those tokens.
         """
         wanted, edits = set(capture), edits or {}
         residuals: dict[int, Tensor] = {}
@@ -178,9 +197,19 @@ class LanguageModel:
             for layer in sorted(wanted | set(edits)):
                 stack.enter_context(self.editing(layer, watch(layer)))
             with suppress(_Stop):
-                output = self._forward(inputs, 1 if last_only else 0 if at is None else at)
+                output = self._forward(inputs, 1 if last_only else 0 if at is None else at, past)
                 return ModelOutput(output.float() if logits else None, residuals)
         return ModelOutput(None, residuals)
+
+    @torch.no_grad()
+    def remember(self, ids: list[int]) -> Past:
+        """Keys and values of a text, for `run(past=...)`."""
+        cache = DynamicCache()
+        inputs = self.inputs(torch.tensor([ids]))
+        with quiet_transformers():
+            self.hf(input_ids=inputs.ids, use_cache=True, past_key_values=cache, logits_to_keep=1)
+        layers: Any = cache.layers
+        return Past(tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers))
 
     @contextmanager
     def editing(self, layer: int, edit: Edit) -> Iterator[None]:
@@ -263,8 +292,10 @@ class LanguageModel:
         mask_BTT = zeros.masked_fill(~allowed_BTT, torch.finfo(self.hf.dtype).min)
         return mask_BTT[:, None].to(self.device)
 
-    def _forward(self, inputs: Inputs, logits_to_keep: int | Tensor) -> Tensor:
+    def _forward(self, inputs: Inputs, logits_to_keep: int | Tensor, past: Past | None) -> Tensor:
         options: dict[str, Any] = {"use_cache": False, "logits_to_keep": logits_to_keep}
+        if past is not None:
+            options["past_key_values"] = past.copies(len(inputs.ids))
         if inputs.mask is not None:
             options |= {"attention_mask": inputs.mask, "position_ids": inputs.positions}
         with quiet_transformers():

@@ -113,6 +113,7 @@ def answer_under(model: LanguageModel, answer: Answer, preferred: list[int], edi
     return ids[first + 1 :]
 
 
+@torch.no_grad()
 def read_logits(model: LanguageModel, ids: list[int], read_P: Tensor) -> Float[Tensor, "1 P V"]:
     """The logits of a text at some positions."""
     logits = model.run(model.inputs(torch.tensor([ids])), at=read_P).logits

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from throughline.pools import spread
-from throughline.tracing.answer import answer_under, spell
+from throughline.tracing.answer import Edit, answer_under, spell
 from throughline.tracing.texts import Subject
 
 TOKENS_OF_A_PASS = 1024
@@ -51,63 +51,119 @@ def batch_copies(subject: Subject, num: int) -> tuple[Int[Tensor, "B"], ...]:
     return torch.arange(num, device=subject.model.device).split(max(1, TOKENS_OF_A_PASS // len(subject.answer.ids)))
 
 
+class Copies(NamedTuple):
+    """Copies of the text, each changed from `begin` on: the logits at all positions that are read, and what was captured."""
+
+    begin: int
+    logits_BPV: Float[Tensor, "B P V"]
+    residuals: Mapping[int, Float[Tensor, "B R D"]]  # of the R positions from `begin` on
+
+
+def run_copies(
+    subject: Subject,
+    layer: int,
+    begin: int,
+    start_BRD: Float[Tensor, "B R D"],
+    capture: Sequence[int] = (),
+    edits: Mapping[int, Edit] | None = None,
+    logits: bool = True,
+) -> Copies:
+    """Run the model on from the streams after `layer`, of the positions from `begin` on; those before are the text's own.
+
+    A later position changes nothing of an earlier one, so nothing before `begin` is computed anew.
+    """
+    answer, suffix = subject.answer, subject.model.after(layer)
+    late_P = answer.read_P[answer.read_P >= begin]
+    output = suffix.run(
+        suffix.inputs(torch.tensor([answer.ids[begin:]] * len(start_BRD))),
+        edits={layer: lambda _: start_BRD, **(edits or {})},
+        capture=capture,
+        logits=logits,
+        at=late_P - begin,
+        past=subject.past.before(begin) if begin else None,
+    )
+    early_BPV = subject.logits_PV[: len(answer.read_P) - len(late_P)].expand(len(start_BRD), -1, -1)
+    logits_BPV = early_BPV if output.logits is None else torch.cat([early_BPV, output.logits], dim=1)
+    return Copies(begin, logits_BPV, output.residuals)
+
+
+def batch_by_position(subject: Subject, positions_N: Int[Tensor, "N"]) -> list[Int[Tensor, "B"]]:
+    """The numbers 0 to N in batches of copies changed at these positions, for a pass each.
+
+    Those of a batch have about as much of the text after them, within a factor of two, so that little is computed in vain.
+    """
+    total = len(subject.answer.ids)
+    if not len(positions_N):
+        return [torch.zeros_like(positions_N)]
+    by_rest: dict[int, list[int]] = {}
+    for number, position in enumerate(positions_N.tolist()):
+        by_rest.setdefault((total - position).bit_length(), []).append(number)
+    return [
+        batch
+        for bits, numbers in sorted(by_rest.items())
+        for batch in torch.tensor(numbers, device=positions_N.device).split(max(1, TOKENS_OF_A_PASS >> bits))
+    ]
+
+
 @torch.no_grad()
 def switch_off(subject: Subject, nodes: Nodes, watched: Nodes | None = None) -> Effects:
     """The effects of each node alone, measured; `watched` are features of a later layer whose change is read too."""
-    model, answer, layer = subject.model, subject.answer, nodes.layer
-    suffix, steps_ND = model.after(layer), nodes.steps(subject)
-    clean_C = torch.tensor(subject.scores, device=model.device)
+    answer, device = subject.answer, subject.model.device
+    steps_ND, capture = nodes.steps(subject), [] if watched is None else [watched.layer]
+    clean_C = torch.tensor(subject.scores, device=device)
+    _ = subject.past  # found here once, not by each thread
 
     def measure(chosen_B: Tensor) -> Effects:
-        start_BTD = _moved(subject, nodes.select(chosen_B), steps_ND[chosen_B])
-        output = suffix.run(
-            suffix.inputs(torch.tensor([answer.ids] * len(chosen_B))),
-            edits={layer: lambda _: start_BTD},
-            capture=[] if watched is None else [watched.layer],
-            at=answer.read_P,
-        )
-        assert output.logits is not None
-        empty = torch.zeros(len(chosen_B), 0, device=model.device)
-        seen = (empty, empty) if watched is None else _watch(subject, watched, output.residuals[watched.layer])
-        return Effects(answer.scores(output.logits) - clean_C, output.logits.argmax(-1), *seen)
+        some = nodes.select(chosen_B)
+        begin = int(some.positions_N.min()) if len(some) else 0
+        copies = run_copies(subject, nodes.layer, begin, _moved(subject, some, steps_ND[chosen_B], begin), capture)
+        empty = torch.zeros(len(chosen_B), 0, device=device)
+        seen = (empty, empty) if watched is None else _watch(subject, watched, copies)
+        return Effects(answer.scores(copies.logits_BPV) - clean_C, copies.logits_BPV.argmax(-1), *seen)
 
-    parts = list(spread(measure, batch_copies(subject, len(nodes)), model.device))
-    return Effects(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    batches = batch_by_position(subject, nodes.positions_N)
+    parts = list(spread(measure, batches, device))
+    order_N = torch.cat(batches).argsort()
+    return Effects(*(torch.cat(part)[order_N] for part in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
 def switch_together(subject: Subject, by_layer: Sequence[Nodes]) -> Effects:
     """The effects of N sets of nodes, each with one node in every layer, all of a set off at once."""
-    model, answer, num = subject.model, subject.answer, len(by_layer[0])
-    rows_N = torch.arange(num, device=model.device)
+    answer, first, later = subject.answer, by_layer[0], by_layer[1:]
+    begin = min(int(nodes.positions_N.min()) for nodes in by_layer)
+    rows_N = torch.arange(len(first), device=subject.model.device)
 
-    def edit_of(nodes: Nodes) -> Callable[[Tensor], Tensor]:
-        def edit(x_NTD: Tensor) -> Tensor:
-            out = x_NTD.clone()
-            out[rows_N, nodes.positions_N] += nodes.steps(subject).to(out.dtype)
+    def edit_of(nodes: Nodes) -> Edit:
+        def edit(x_NRD: Tensor) -> Tensor:
+            out = x_NRD.clone()
+            out[rows_N, nodes.positions_N - begin] += nodes.steps(subject).to(out.dtype)
             return out
 
         return edit
 
-    output = model.run(
-        model.inputs(torch.tensor([answer.ids] * num)), edits={n.layer: edit_of(n) for n in by_layer}, at=answer.read_P
-    )
-    assert output.logits is not None
-    none = torch.zeros(num, 0, device=model.device)
-    clean_C = torch.tensor(subject.scores, device=model.device)
-    return Effects(answer.scores(output.logits) - clean_C, output.logits.argmax(-1), none, none)
+    start_NRD = _moved(subject, first, first.steps(subject), begin)
+    copies = run_copies(subject, first.layer, begin, start_NRD, edits={n.layer: edit_of(n) for n in later})
+    none = torch.zeros(len(first), 0, device=rows_N.device)
+    clean_C = torch.tensor(subject.scores, device=rows_N.device)
+    return Effects(answer.scores(copies.logits_BPV) - clean_C, copies.logits_BPV.argmax(-1), none, none)
 
 
-def _watch(subject: Subject, watched: Nodes, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+def _watch(subject: Subject, watched: Nodes, copies: Copies) -> tuple[Tensor, Tensor]:
     """Changes of the watched features, by their reading direction and after the dictionary's selection, each [B, M]."""
-    dictionary, clean_TD = subject.dictionaries[watched.layer], subject.clean.x[watched.layer]
-    change_BTD = x_BTD.float() - clean_TD
-    readers_MD = dictionary.readers(watched.features_N)
-    linear_BM = torch.einsum("bmd,md->bm", change_BTD[:, watched.positions_N], readers_MD)
-    places_Q, which_M = torch.unique(watched.positions_N, return_inverse=True)
-    at_BQD = x_BTD[:, places_Q].float()
-    f_BQF = dictionary.encode(at_BQD.flatten(0, 1)).view(*at_BQD.shape[:2], -1)
-    return linear_BM, f_BQF[:, which_M, watched.features_N] - watched.own_N
+    x_BRD, begin = copies.residuals[watched.layer], copies.begin
+    dictionary, clean_RD = subject.dictionaries[watched.layer], subject.clean.x[watched.layer][begin:]
+    linear_BM, gated_BM = (torch.zeros(len(x_BRD), len(watched), device=x_BRD.device) for _ in range(2))
+    late_M = (watched.positions_N >= begin).nonzero()[:, 0]  # of earlier ones nothing changes
+    late = watched.select(late_M)
+    at_M = late.positions_N - begin
+    readers_MD = dictionary.readers(late.features_N)
+    linear_BM[:, late_M] = torch.einsum("bmd,md->bm", (x_BRD.float() - clean_RD)[:, at_M], readers_MD)
+    places_Q, which_M = torch.unique(at_M, return_inverse=True)
+    at_BQD = x_BRD[:, places_Q].float()
+    f_BQF = dictionary.encode(at_BQD.flatten(0, 1)).view(*at_BQD.shape[:2], dictionary.d_sae)
+    gated_BM[:, late_M] = f_BQF[:, which_M, late.features_N] - late.own_N
+    return linear_BM, gated_BM
 
 
 def answers_if_off(subject: Subject, nodes: Nodes, preferred_NP: Tensor) -> list[str]:
@@ -143,29 +199,26 @@ def follow_paths(subject: Subject, first: Nodes, paths: Sequence[Nodes]) -> Floa
     `first` holds the features switched off, `paths[i]` each path's feature in the next traced layers. Between layers only the
     change of that feature's activation is passed on, as the real block and dictionary make it.
     """
-    model, answer = subject.model, subject.answer
-    rows_N = torch.arange(len(first), device=model.device)
-    inputs = model.inputs(torch.tensor([answer.ids] * len(first)))
+    rows_N = torch.arange(len(first), device=subject.model.device)
     here, step_ND = first, first.steps(subject)
     for following in paths:
-        start_NTD = _moved(subject, here, step_ND)
-        output = model.after(here.layer).run(
-            inputs, edits={here.layer: lambda _, s=start_NTD: s}, capture=[following.layer], logits=False
-        )
+        begin = int(here.positions_N.min())
+        start_NRD = _moved(subject, here, step_ND, begin)
+        copies = run_copies(subject, here.layer, begin, start_NRD, [following.layer], logits=False)
         dictionary = subject.dictionaries[following.layer]
-        at_ND = output.residuals[following.layer][rows_N, following.positions_N].float()
+        at_ND = copies.residuals[following.layer][rows_N, following.positions_N - begin].float()
         change_N = dictionary.encode(at_ND)[rows_N, following.features_N] - following.own_N
         here, step_ND = following, change_N[:, None] * dictionary.W_dec[following.features_N]
-    start_NTD = _moved(subject, here, step_ND)
-    logits = model.after(here.layer).run(inputs, edits={here.layer: lambda _: start_NTD}, at=answer.read_P).logits
-    assert logits is not None
-    return answer.scores(logits) - torch.tensor(subject.scores, device=model.device)
+    begin = int(here.positions_N.min())
+    copies = run_copies(subject, here.layer, begin, _moved(subject, here, step_ND, begin))
+    return subject.answer.scores(copies.logits_BPV) - torch.tensor(subject.scores, device=rows_N.device)
 
 
-def _moved(subject: Subject, nodes: Nodes, step_ND: Tensor) -> Tensor:
-    start_NTD = subject.clean.x[nodes.layer].repeat(len(nodes), 1, 1)
-    start_NTD[torch.arange(len(nodes), device=step_ND.device), nodes.positions_N] += step_ND
-    return start_NTD
+def _moved(subject: Subject, nodes: Nodes, step_ND: Tensor, begin: int) -> Float[Tensor, "N R D"]:
+    """The stream after the nodes' layer from position `begin` on, a copy for each node, with its step added."""
+    start_NRD = subject.clean.x[nodes.layer][begin:].repeat(len(nodes), 1, 1)
+    start_NRD[torch.arange(len(nodes), device=step_ND.device), nodes.positions_N - begin] += step_ND
+    return start_NRD
 
 
 @torch.no_grad()

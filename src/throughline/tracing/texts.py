@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from throughline.dictionaries import Dictionary
-from throughline.models import LanguageModel
+from throughline.models import LanguageModel, Past
 from throughline.records import Token, role_of
 from throughline.tokens import kind_of_text
-from throughline.tracing.answer import Answer, spell
+from throughline.tracing.answer import Answer, read_logits, spell
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,19 @@ class Subject:
         return replace(self, answer=self.answer.against(others_C))
 
     @cached_property
+    def logits_PV(self) -> Float[Tensor, "P V"]:
+        """At the positions that are read, nothing changed."""
+        return read_logits(self.model, self.answer.ids, self.answer.read_P)[0]
+
+    @cached_property
     def scores(self) -> list[float]:
         """The targets' scores, nothing changed."""
-        with torch.no_grad():
-            logits = self.model.run(self.model.inputs(torch.tensor([self.answer.ids])), at=self.answer.read_P).logits
-            assert logits is not None
-            return self.answer.scores(logits)[0].tolist()
+        return self.answer.scores(self.logits_PV[None])[0].tolist()
+
+    @cached_property
+    def past(self) -> Past:
+        """What the model remembers of the text, for copies of it that differ from some position on."""
+        return self.model.remember(self.answer.ids)
 
     @property
     def kept_T(self) -> Bool[Tensor, "T"]:
