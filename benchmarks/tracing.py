@@ -1,6 +1,7 @@
 """How well predictions of traces hold, over prompts and seeds: `python benchmarks/tracing.py RUN [RUN ...] [--prompts 50]`.
 
-Each RUN is the same study of zoo models with another seed (`--set training.seed=1`). Prompts: "What is a + b?" with held-out pairs
+Each RUN is the same study of zoo models with another seed (`--set training.seed=1`); every study has its own section. Prompts:
+"What is a + b?" with held-out pairs
 of operands, a carry, a sum below 100, answered correctly by the model; the same for every seed.
 
     nodes         every active feature at every position of every layer is set to its mean at the same position of 200 other
@@ -372,8 +373,8 @@ def write_table(results: dict[str, list[dict[str, Any]]], rows: tuple[tuple[str,
     return [*lines, ""]
 
 
-def write_results(results: dict[str, list[dict[str, Any]]], num_prompts: int) -> list[str]:
-    """The section of docs/results.md."""
+def write_results(study: str, results: dict[str, list[dict[str, Any]]], num_prompts: int) -> list[str]:
+    """A section of docs/results.md."""
     seeds = len(next(iter(results.values())))
     effects = ", ".join(f"{model} {np.mean([n['nodes n'] for n in found]):,.0f}" for model, found in results.items())
     edges = ", ".join(f"{model} {np.mean([n['across n'] for n in found]):,.0f}" for model, found in results.items())
@@ -383,7 +384,7 @@ def write_results(results: dict[str, list[dict[str, Any]]], num_prompts: int) ->
         for model, found in results.items()
     ]  # fmt: skip
     return [
-        f"`python benchmarks/tracing.py RUNS --prompts {num_prompts} --write` on runs of `examples/zoo-transfer.yaml` with "
+        f"`python benchmarks/tracing.py RUNS --prompts {num_prompts} --write` on runs of `examples/{study}.yaml` with "
         f"training.seed 0 to {seeds - 1}; {hardware_and_date()}. {num_prompts} held-out additions with a carry and a sum below 100 "
         f"that the model answers correctly; mean over {seeds} seeds (range).",
         "",
@@ -419,20 +420,24 @@ def main() -> None:
     parser.add_argument("--from", dest="source", type=Path, default=None, help="numbers of an earlier --out")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    results = json.loads(options.source.read_text()) if options.source else measure_runs(options)
+    studies = json.loads(options.source.read_text()) if options.source else measure_runs(options)
     if options.out:
-        options.out.write_text(json.dumps(results))
-    lines = write_results(results, options.prompts)
-    print("\n".join(lines))
-    if options.write:
-        write_between(RESULTS, "tracing", lines, "Traces: what is predicted and what is measured")
+        options.out.write_text(json.dumps(studies))
+    for study, results in studies.items():
+        lines = write_results(study, results, options.prompts)
+        print("\n".join(lines))
+        if options.write:
+            write_between(
+                RESULTS, f"tracing {study}", lines, f"Traces of {study}: what is predicted and what is measured"
+            )
 
 
-def measure_runs(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """By model, the numbers of each run."""
-    results: dict[str, list[dict[str, Any]]] = {}
+def measure_runs(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """By study and model, the numbers of each run."""
+    studies: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for place in options.runs:
         session = Session(RunDir.open(place), "cpu")
+        results = studies.setdefault(session.study.name, {})
         for spec in session.study.models:
             if options.models and spec.name not in options.models.split(","):
                 continue
@@ -441,7 +446,7 @@ def measure_runs(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]
             numbers = summarize(found) | {f"carry {k}": v for k, v in swap_carry(session, spec.name, prompts).items()}
             results.setdefault(spec.name, []).append(numbers)
             sys.stderr.write(f"{place} {spec.name} n={len(prompts)}\n" + json.dumps(numbers, default=float) + "\n")
-    return results
+    return studies
 
 
 if __name__ == "__main__":
