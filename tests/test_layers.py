@@ -25,7 +25,7 @@ LAYERS = (
         "progress",
         "zoo",
         "throughlines",
-        "intervals",
+        "stats",
         "circuit_tracer",
     },
     {"text", "tokens", "models", "dictionaries"},

@@ -12,11 +12,11 @@ import torch
 from builders import GivenSide, make_codes, random_dictionary, random_documents, tiny_model
 from throughline.codes import Codes, encode_text
 from throughline.errors import InputError
-from throughline.intervals import bootstrap_interval
 from throughline.models import open_model
 from throughline.records import TransferResult
 from throughline.registry import METRICS
 from throughline.run_dir import RunDir
+from throughline.stats import bootstrap_interval
 from throughline.study import ModelSpec, parse_study
 from throughline.tokens import collect_rows
 from throughline.transfer import Side

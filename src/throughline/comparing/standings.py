@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from throughline.intervals import bootstrap_interval
 from throughline.records import NULL_QUANTILE, Estimate, PromptReading, Standing, Standings, TransferResult
+from throughline.stats import bootstrap_interval
 
 STANDINGS: tuple[Standing, ...] = ("universal", "shared", "specific")
 Matches = Mapping[tuple[str, str], TransferResult]  # matching from one model to another, for every pair

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from throughline.records import Agreement, Verification
+from throughline.stats import pearson
 from throughline.tracing.baselines import Baseline
 from throughline.tracing.faithfulness import RANDOM_DRAWS, measure_faithfulness
 from throughline.tracing.graph import Graph, measure_scores
 from throughline.tracing.showing import Shown
 from throughline.tracing.texts import Subject
 
-FEWEST = 3  # pairs of numbers from which a correlation is taken
 NOTICEABLE = 0.02  # of the answer score (nodes) or of the largest change (edges): smaller ones have no sign to speak of
 
 
@@ -82,16 +82,13 @@ def agree(what: str, predicted: np.ndarray, measured: np.ndarray, noticeable: fl
     return Agreement(
         what=what,
         num=len(predicted),
-        pearson=pearson(predicted, measured),
+        pearson=_known(pearson(predicted, measured)),
         slope=float(predicted @ measured) / squares if squares > 0 else None,
         sign=float((np.sign(predicted) == np.sign(measured))[big].mean()) if big.any() else None,
         num_signed=int(big.sum()),
-        shuffled=pearson(shuffled, measured),
+        shuffled=_known(pearson(shuffled, measured)),
     )
 
 
-def pearson(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Pearson's r; None of fewer than FEWEST pairs, or where one side is constant."""
-    if len(a) < FEWEST or np.std(a) == 0 or np.std(b) == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
+def _known(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from throughline.intervals import bootstrap_interval
 from throughline.records import NULL_QUANTILE
+from throughline.stats import bootstrap_interval
 from throughline.transfer.cooccurrence import Best
 
 FEWEST_CHANCES = 1000

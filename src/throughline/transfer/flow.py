@@ -24,8 +24,8 @@ from scipy.stats import rankdata
 
 from throughline.codes import Codes
 from throughline.errors import InputError
-from throughline.intervals import NUM_RESAMPLES, bootstrap_interval
 from throughline.records import TransferInfo, TransferResult
+from throughline.stats import NUM_RESAMPLES, bootstrap_interval, pearson
 from throughline.transfer.effects import Contexts, cut_contexts, estimate_drops, switch_off
 from throughline.transfer.pairs import Columns, Side, prepare
 from throughline.transfer.predecessors import (
@@ -229,11 +229,11 @@ def _check(
     twera = twera_FG[checked.features, later.owners_K[checked.contexts]]
     return {
         "num_checked": len(keys),
-        "rank_correlation": _pearson(rankdata(estimates), rankdata(drops)),
-        "pearson": _pearson(estimates, drops),
-        "drawn_rank_correlation": _pearson(rankdata(estimates[checked.drawn]), rankdata(drops[checked.drawn])),
-        "null_rank_correlation": _pearson(rankdata(others), rankdata(drops)),
-        "twera_rank_correlation": _pearson(rankdata(twera), rankdata(drops)),
+        "rank_correlation": pearson(rankdata(estimates), rankdata(drops)),
+        "pearson": pearson(estimates, drops),
+        "drawn_rank_correlation": pearson(rankdata(estimates[checked.drawn]), rankdata(drops[checked.drawn])),
+        "null_rank_correlation": pearson(rankdata(others), rankdata(drops)),
+        "twera_rank_correlation": pearson(rankdata(twera), rankdata(drops)),
     }
 
 
@@ -256,10 +256,3 @@ def _inverse(values: np.ndarray) -> np.ndarray:
 def _mean(values: np.ndarray) -> float:
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's r, of ranks Spearman's; NaN where there are fewer than three or one side does not vary."""
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])

@@ -21,10 +21,10 @@ from torch import Tensor
 from throughline.codes import Codes
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
-from throughline.intervals import NUM_RESAMPLES
 from throughline.pools import spread
 from throughline.records import TransferInfo, TransferResult
 from throughline.splicing import measure_ce
+from throughline.stats import NUM_RESAMPLES
 from throughline.transfer.maps import Fit, FitTokens, LayerMoments, carry, fit_layers, turn
 from throughline.transfer.pairs import Side, align, whole_documents
 

@@ -23,9 +23,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from throughline.errors import InputError
-from throughline.intervals import NUM_RESAMPLES
 from throughline.pools import spread
 from throughline.records import TransferInfo, TransferResult
+from throughline.stats import NUM_RESAMPLES
 from throughline.transfer.pairs import Side, align, shuffle_within, whole_documents
 
 MOST_TOKENS = 2048
