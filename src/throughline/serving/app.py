@@ -18,7 +18,7 @@ from throughline.run_dir import RunDir
 from throughline.serving.access import Access
 from throughline.serving.answers import Refusal
 from throughline.serving.errors import RefusedError
-from throughline.serving.guarding import NO_CONTENT_POLICY, Guard
+from throughline.serving.guarding import FAILED, NO_CONTENT_POLICY, Guard
 from throughline.serving.job_routes import job_routes
 from throughline.serving.jobs import JobQueue, Limits, Worker
 from throughline.serving.reading import RunReader
@@ -109,6 +109,10 @@ def _tell_errors(app: FastAPI, redact: Callable[[str], str]) -> None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
         return tell(422, f"{where or 'the request'}: {first['msg']}"[:400])
+
+    @app.exception_handler(Exception)
+    def failed(_: Request, error: Exception) -> JSONResponse:
+        return tell(500, FAILED)  # the guard logs it
 
     @app.exception_handler(HTTPException)
     def plain(_: Request, error: HTTPException) -> JSONResponse:

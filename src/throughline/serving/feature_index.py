@@ -95,7 +95,7 @@ class FeatureIndex:
         """The place of each row in an order; what has no value comes last in either, equal ones in the order of the run."""
         with self._lock:
             if (sort, descending) not in self._places:
-                column = self.frame.select(pl.col(sort).fill_nan(None) if sort in ("f1", "density", "max") else sort)
+                column = self.frame.select(sort)
                 order = column.with_row_index("row").sort(
                     sort, descending=descending, nulls_last=True, maintain_order=True
                 )
@@ -118,6 +118,7 @@ def load_index(run: RunDir) -> FeatureIndex:
 def _index_model(name: str, features: pl.DataFrame, labels: pl.DataFrame | None, bar: float) -> pl.DataFrame:
     labels = _empty(LABEL_COLUMNS) if labels is None else labels
     types = {key: features.schema[key] for key in KEYS}
+    labels = labels.with_columns(pl.col("f1").fill_nan(None))  # NaN is more than any number, and would pass as a score
     ranked = rank_labels(labels.cast(types).with_columns(reached=reaches(bar).fill_null(False)), bar)  # pyright: ignore[reportArgumentType]
     best = ranked.unique(KEYS, keep="first", maintain_order=True).select(*KEYS, "label", "source", "f1", "reached")
     tokens = pl.col("top_tokens").list.head(SHOWN_TOKENS).list.join(BETWEEN_TOKENS).fill_null("")
@@ -129,12 +130,11 @@ def _index_model(name: str, features: pl.DataFrame, labels: pl.DataFrame | None,
         pl.lit(name).alias("model").cast(pl.Categorical),
         pl.col("layer").cast(pl.Int32),
         pl.col("feature").cast(pl.Int32),
-        "density",
+        pl.col("density", "max").fill_nan(None),
+        "f1",
         "num_active",
-        "max",
         "label",
         pl.col("source").cast(pl.Categorical),
-        "f1",
         pl.col("reached").fill_null(False),
         "tokens",
         search=text,

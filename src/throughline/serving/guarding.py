@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 MOST_BODY_BYTES = 64 * 1024
 MOST_DRAINED_BYTES = 8 * 1024 * 1024  # of a body that is refused, so that the client is through sending and reads why
 BODY_SECONDS = 10.0
+FAILED = "the server failed at this request; its log says why"
 COOKIE_SECONDS = 30 * 24 * 3600
 NO_CONTENT_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {
@@ -59,7 +60,7 @@ class Guard:
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if not started:
-                await refuse(answer, 500, "the server failed at this request; its log says why")
+                await refuse(answer, 500, FAILED)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: dict[str, list[str]] = {}

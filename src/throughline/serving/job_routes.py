@@ -25,7 +25,7 @@ def job_routes(reader: RunReader, queue: JobQueue, streams: Streams) -> APIRoute
     @router.post("/traces", responses=NEW)
     def trace(request: TraceRequest, response: Response) -> JobAnswer:
         """Follow a prompt through a model. The same request again is the same job, done or not (200)."""
-        names = [spec.name for spec in reader.run.study().models]
+        names = [spec.name for spec in reader.study.models]
         if request.model is None and len(names) > 1:
             raise RefusedError(422, f"the run has several models; say which: {', '.join(names)}")
         named = request.model_copy(update={"model": reader.model(request.model or names[0])})

@@ -11,6 +11,7 @@ from throughline.serving.answers import ComparisonRow, ModelAnswer, Overview, Qu
 from throughline.serving.errors import RefusedError, unknown_thing
 from throughline.serving.feature_index import FeatureIndex, load_index
 from throughline.serving.fresh import Fresh
+from throughline.study import Study
 
 
 class Traces(NamedTuple):
@@ -25,6 +26,8 @@ class RunReader:
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
+        self._study = Fresh(lambda: run.stamp("study"), run.study)
+        self._made_from = Fresh(lambda: run.stamp("study", "steps"), lambda: _digest_steps(run))
         self._index = Fresh(lambda: run.stamp("study", "tables"), lambda: load_index(run))
         self._traces = Fresh(lambda: run.stamp("traces"), lambda: _read_traces(run))
         self._quality = Fresh(lambda: run.stamp("study", "steps", "quality"), lambda: _read_quality(run))
@@ -33,6 +36,11 @@ class RunReader:
             lambda: run.stamp("study", "quality", "tables", "transfer", "analysis", "traces"), lambda: load_page(run)
         )
         self.transfers = Fresh(lambda: run.stamp("transfer"), run.transfers)
+
+    @property
+    def study(self) -> Study:
+        """The run's study."""
+        return self._study.get()
 
     @property
     def index(self) -> FeatureIndex:
@@ -46,19 +54,18 @@ class RunReader:
 
     def model(self, name: str) -> str:
         """`name`, if it is one of the run's models."""
-        known = [spec.name for spec in self.run.study().models]
+        known = [spec.name for spec in self.study.models]
         if name not in known:
             raise unknown_thing("model", name, known)
         return name
 
     def fingerprint(self) -> str:
         """Changes with anything that a trace is made from."""
-        steps = {name: step.files for name, step in self._steps.get().items() if not name.startswith("trace/")}
-        return digest_key(self.run.study().model_dump(mode="json"), steps)
+        return self._made_from.get()
 
     def overview(self) -> Overview:
         """The run: facts, models, quality."""
-        run, study, info, index = self.run, self.run.study(), self.run.info(), self.index
+        run, study, info, index = self.run, self.study, self.run.info(), self.index
         quality, traces = self._quality.get(), self._traces.get()
         models = []
         for spec in study.models:
@@ -125,6 +132,11 @@ def _one(kind: str, key: str, known: dict[str, Any]) -> Any:
     if key not in known:
         raise unknown_thing(kind, key, list(known))
     return known[key]
+
+
+def _digest_steps(run: RunDir) -> str:
+    steps = {name: step.files for name, step in run.manifest().items() if not name.startswith("trace/")}
+    return digest_key(run.study().model_dump(mode="json"), steps)
 
 
 def _read_traces(run: RunDir) -> Traces:

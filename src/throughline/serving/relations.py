@@ -84,11 +84,12 @@ class Relations:
         found = self._rows(model, "labels", layer, feature)
         if found is None:
             return []
-        bar = self._run.study().features.bar
-        ranked = rank_labels(complete_labels(found), bar).with_columns(reached=reaches(bar).fill_null(False))
+        bar = self._reader.study.features.bar
+        known = complete_labels(found).with_columns(pl.col(pl.Float64).fill_nan(None))
+        ranked = rank_labels(known, bar).with_columns(reached=reaches(bar).fill_null(False))
         names = [name for name in ScoredLabel.model_fields if name != "text"]
-        rows = ranked.with_columns(pl.col(pl.Float64).fill_nan(None)).iter_rows(named=True)
-        return [ScoredLabel(text=row["label"], **{name: row[name] for name in names}) for row in rows if _scored(row)]
+        rows = [row for row in ranked.iter_rows(named=True) if None not in (row["f1"], row["precision"], row["recall"])]
+        return [ScoredLabel(text=row["label"], **{name: row[name] for name in names}) for row in rows]
 
     def _partners(self, model: str, layer: int, feature: int) -> list[Partner]:
         """The best match in every layer of every model that was matched with this one."""
@@ -182,10 +183,6 @@ class Relations:
             self._files[key] = Fresh(lambda: run.stamp("transfer"), lambda: run.transfer_file(info))
         with safe_open(self._files[key].get(), framework="numpy") as arrays:
             yield arrays
-
-
-def _scored(row: dict[str, Any]) -> bool:
-    return None not in (row["f1"], row["precision"], row["recall"])
 
 
 def _place(kind: str, layer: int, layers: Sequence[int]) -> int:

@@ -57,7 +57,18 @@ def serve(
 
 
 def _run(serving: Serving, listening: socket.socket) -> None:
-    server = _Server(
+    Thread(target=_warm, args=(serving,), daemon=True).start()
+    try:
+        make_server(serving).run(sockets=[listening])
+    except KeyboardInterrupt:  # the ordinary end
+        pass
+    finally:
+        serving.stop()
+
+
+def make_server(serving: Serving) -> uvicorn.Server:
+    """What listens and speaks HTTP."""
+    return _Server(
         uvicorn.Config(
             serving.app,
             http="h11",
@@ -71,13 +82,6 @@ def _run(serving: Serving, listening: socket.socket) -> None:
         ),
         serving,
     )
-    Thread(target=_warm, args=(serving,), daemon=True).start()
-    try:
-        server.run(sockets=[listening])
-    except KeyboardInterrupt:  # the ordinary end
-        pass
-    finally:
-        serving.stop()
 
 
 class _Server(uvicorn.Server):
@@ -125,7 +129,8 @@ def bind(family: socket.AddressFamily, address: str, port: int) -> Iterator[sock
     """A socket that listens there; InputError if the port is taken or may not be."""
     if not 0 <= port <= 65535:
         raise InputError(f"--port expects a number from 0 to 65535, found {port}")
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # Named TCP, asyncio sends each answer at once; of a socket that is not it lets the system wait 40 ms for more.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ports of connections that just ended
         try:
