@@ -100,6 +100,7 @@ def _warm(serving: Serving) -> None:
     """Read what the first view asks for, before it does."""
     try:
         serving.reader.overview()
+        serving.reader.index.prepare()
     except Exception:  # it will be said to who asks
         logging.getLogger(__name__).debug("the overview cannot be read yet", exc_info=True)
 
