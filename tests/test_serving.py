@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,6 +41,7 @@ from throughline.serving.server import bind, make_server, resolve
 
 pytestmark = pytest.mark.xdist_group("serving")
 
+CHROMIUM = shutil.which("chromium")
 TOKEN = "a-token-of-some-length"
 STUDY = {
     "name": "tiny",
@@ -237,6 +239,29 @@ def test_the_page_is_the_report_and_its_policy_allows_its_own_script_alone(clien
         digest = base64.b64encode(hashlib.sha256(block[1].encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy
     assert not (made_up.report_folder() / "index.html").exists()  # reading writes nothing
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; the digests are compared above without one")
+def test_a_browser_runs_the_page_under_its_policy(client):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page, complaints = browser.new_page(), []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(f"http://127.0.0.1:{client.port}/#features")
+        page.wait_for_selector("main section")
+        background = page.evaluate("getComputedStyle(document.querySelector('header.top')).position")
+        runs_more = page.evaluate(
+            "() => { const s = document.createElement('script'); s.textContent = 'window.more = 1';"
+            " document.body.append(s); return window.more === 1; }"
+        )
+        browser.close()
+    assert background == "sticky"  # its style is applied
+    assert not runs_more
+    assert all("Content Security Policy" in words for words in complaints)
+    assert len(complaints) == 1, complaints  # of the script that was added here
 
 
 def test_every_answer_says_that_it_is_not_to_be_sniffed_framed_or_kept(client):
