@@ -34,7 +34,7 @@ pytestmark = pytest.mark.xdist_group("cli")
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "What is 15 + 27?"
 COMMANDS = (
-    "demo init run plan train status evaluate features label transfer report trace compare import export".split()  # noqa: SIM905
+    "demo init run plan train status evaluate features label transfer report serve trace compare import export".split()  # noqa: SIM905
 )
 FUNCTIONS = {"import": "import_sae", "export": "export_sae"}  # import is a word of Python's own
 LENIENT = {"max_l0_share": 1.0, "max_fvu": 1.0, "min_ce_recovered": 0.0, "max_dead": 1.0}

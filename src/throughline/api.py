@@ -469,6 +469,26 @@ def status(run: str | Path | RunDir) -> dict[str, Any]:
     return read_status(run if isinstance(run, RunDir) else RunDir.open(run))
 
 
+def serve(
+    run: str | Path | RunDir,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    token: str | None = None,
+    device: str | None = None,
+    say: Say = silent,
+) -> None:
+    """A run in a browser, and prompts traced there, until Ctrl-C. Reading it needs no torch.
+
+    A `host` that other machines reach needs a `token`. Port 0 takes a free one; `say` is told which.
+    """
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    if device is not None:
+        choose_device(device)  # now, not with the first trace
+    from throughline.serving.server import serve as serve_run
+
+    serve_run(opened, host, port, token, device, say)
+
+
 def place_of(study: Study, out: str | Path | None) -> str | Path:
     """Where a study's run lies: `out`, or runs/<name>."""
     return out or Path("runs") / study.name

@@ -62,6 +62,15 @@ COMMANDS = {
 TWIN = "seed_"  # how the folder of a twin begins
 CHECKPOINTS, DRIVER, CLAIM = "checkpoints", "driver.json", "claim.json"
 IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
+PARTS = {  # of a run that are made one after another, and may be made again while somebody reads
+    "study": "study.yaml",
+    "steps": f"{MANIFEST}/*.json",
+    "quality": "models/*/layer_*/quality.json",
+    "tables": "models/*/*.parquet",
+    "transfer": "transfer/*/*.json",
+    "analysis": "analysis.json",
+    "traces": "traces/*.json",
+}
 TRACE_VERSION = Trace.model_fields["version"].default
 REPORTED_PACKAGES = ("throughline", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 
@@ -120,6 +129,16 @@ class RunDir:
     def exists(self, relative: str) -> bool:
         """True if the run has this file."""
         return self.storage.has(relative)
+
+    def stamp(self, *parts: str) -> tuple[tuple[str, int, int], ...]:
+        """Names, times and sizes of the files of PARTS: another if one of them was made anew."""
+        found = []
+        for name in (name for part in parts for name in self.storage.glob(PARTS[part])):
+            self.storage.fetch(name)
+            with suppress(FileNotFoundError):  # taken away since the look
+                status = (self.root / name).stat()
+                found.append((name, status.st_mtime_ns, status.st_size))
+        return tuple(found)
 
     # ---- steps
 
@@ -352,15 +371,23 @@ class RunDir:
 
     def table(self, model: str, table: str) -> pl.DataFrame:
         """One of TABLES of a model; InputError names the command that makes it."""
-        relative, command = f"models/{folder_name(model)}/{table}.parquet", COMMANDS[table]
-        if not self.exists(relative):
-            raise InputError(f"{model} has no {table} yet; `throughline {command} {self.place}` makes them")
-        self._check_file(f"{command}/{model}", relative)
+        relative = self._table_file(model, table)
         try:
             found = pl.read_parquet(self.root / relative)
             return complete_labels(found) if table == "labels" else found
         except pl.exceptions.PolarsError as error:
             raise self._damaged(relative, error) from error
+
+    def scan_table(self, model: str, table: str) -> pl.LazyFrame:
+        """The same, checked now and read as far as is asked, for tables that are larger than what one wants of them."""
+        return pl.scan_parquet(self.root / self._table_file(model, table), glob=False)
+
+    def _table_file(self, model: str, table: str) -> str:
+        relative, command = f"models/{folder_name(model)}/{table}.parquet", COMMANDS[table]
+        if not self.exists(relative):
+            raise InputError(f"{model} has no {table} yet; `throughline {command} {self.place}` makes them")
+        self._check_file(f"{command}/{model}", relative)
+        return relative
 
     def answers(self, model: str) -> Path:
         """Where a language model's answers about the features of a model are added, a JSON object a line."""
@@ -402,11 +429,19 @@ class RunDir:
                 f"no {metric} from {source} to {target} yet; `throughline transfer {self.place}` computes it"
             )
         info = self.read_record(f"{stem}.json", TransferInfo)
-        self._check_file(f"transfer/{metric}/{source}/{target}", f"{stem}.safetensors")
         try:
-            return TransferResult(info, load_file(self.root / f"{stem}.safetensors"))
+            return TransferResult(info, load_file(self.transfer_file(info)))
         except (SafetensorError, OSError) as error:
             raise self._damaged(f"{stem}.safetensors", error) from error
+
+    def transfer_file(self, info: TransferInfo) -> Path:
+        """The safetensors file of one of them, checked now, for arrays of which one wants a part."""
+        relative = (
+            f"transfer/{folder_name(info.metric)}/{folder_name(info.source)}__{folder_name(info.target)}.safetensors"
+        )
+        self._check_file(f"transfer/{info.metric}/{info.source}/{info.target}", relative)
+        self.storage.fetch(relative)
+        return self.root / relative
 
     def transfers(self) -> list[TransferInfo]:
         """What transfer results there are."""

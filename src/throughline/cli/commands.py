@@ -279,6 +279,30 @@ def report(run: Run, quiet: Quiet = False) -> None:
 
 
 @app.command()
+def serve(
+    run: Run,
+    host: Annotated[str, typer.Option(help="the address to listen at; one that others reach needs --token")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8765,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="THROUGHLINE_TOKEN", help="who asks must have it; better given so than here", show_default=False
+        ),
+    ] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """The run in a browser, and prompts traced there."""
+    from throughline import api
+    from throughline.cli import live
+
+    with live.Live(quiet) as news:
+        api.serve(run, host, port, token, device, news.say)
+
+
+@app.command()
 def trace(
     run: Run,
     prompt: Prompt,

@@ -50,10 +50,10 @@ def collect(run: RunDir, results: list[TransferResult], figures: list[dict[str, 
     features = describe_features(run, study, strings, traces, comparisons)
     return compact(
         {
-            "study": _describe_study(study),
+            "study": describe_study(study),
             "info": run.info().model_dump(),
             "steps": [{"name": n, "started": s.started, "seconds": s.seconds} for n, s in run.manifest().items()],
-            "models": [_describe_model(study, name, layers) for name, layers in qualities.items()],
+            "models": [describe_model(study, name, layers) for name, layers in qualities.items()],
             "quality": _describe_qualities(qualities),
             "transfer": _describe_transfers(results),
             "analysis": analysis.model_dump(exclude={"curves", "ribbons"}) if analysis else None,
@@ -96,7 +96,8 @@ def compact(value: Any) -> Any:
     return value
 
 
-def _describe_study(study: Study) -> dict[str, Any]:
+def describe_study(study: Study) -> dict[str, Any]:
+    """What a run was made with, without where it lies on this machine."""
     return {
         "name": study.name,
         "text": _public(study.data.path),
@@ -111,7 +112,8 @@ def _describe_study(study: Study) -> dict[str, Any]:
     }
 
 
-def _describe_model(study: Study, name: str, layers: list[LayerQuality]) -> dict[str, Any]:
+def describe_model(study: Study, name: str, layers: list[LayerQuality]) -> dict[str, Any]:
+    """A model of the study and the shape of its dictionaries."""
     spec = study.model(name)
     return {
         "name": name,

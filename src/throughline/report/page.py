@@ -34,6 +34,34 @@ def write_report(run: RunDir) -> Path:
     return path
 
 
+def load_page(run: RunDir) -> str:
+    """The page as `write_report` last wrote it or, if that is older than what it shows, made anew in memory.
+
+    Nothing is written. A page made here has the figures of the analysis from the last one that was written, if there is any.
+    """
+    path, css, js = run.report_folder() / "index.html", *inline_blocks()
+    written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    shown = run.stamp("study", "quality", "tables", "transfer", "analysis", "traces")
+    is_ours = f"<style>{css}</style>" in written and f"<script>{js}</script>" in written  # not another version's
+    if is_ours and path.stat().st_mtime_ns >= max(changed for _, changed, _ in shown):
+        return written
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', written, re.DOTALL)
+    figures = json.loads(data[1])["figures"] if is_ours and data else []
+    return render_page(collect(run, read_transfers(run), figures))
+
+
+def inline_blocks() -> tuple[str, str]:
+    """Exactly what stands in the page's elements style and script, whatever the run: for a policy that allows these alone."""
+    css, js = _read_assets()
+    return f"\n{css}\n", f"\n{js}\n"
+
+
+def _read_assets() -> tuple[str, str]:
+    assets = files("throughline.report") / "assets"
+    css = (assets / "page.css").read_text(encoding="utf-8")
+    return css, "\n".join((assets / name).read_text(encoding="utf-8") for name in ("trace.js", "page.js"))
+
+
 def read_transfers(run: RunDir) -> list[TransferResult]:
     """All transfer results of `run`, metrics and models in the study's order."""
     study = run.study()
@@ -83,12 +111,8 @@ def render_page(contents: dict[str, Any]) -> str:
     """The page as one text: template, style, script and `contents` as JSON without a `<` to end its element."""
     assets = files("throughline.report") / "assets"
     data = json.dumps(contents, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {
-        "title": html.escape(contents["study"]["name"]),
-        "css": (assets / "page.css").read_text(encoding="utf-8"),
-        "js": "\n".join((assets / name).read_text(encoding="utf-8") for name in ("trace.js", "page.js")),
-        "data": data,
-    }
+    css, js = _read_assets()
+    parts = {"title": html.escape(contents["study"]["name"]), "css": css, "js": js, "data": data}
     template = (assets / "page.html").read_text(encoding="utf-8")
     # One pass, so that data which looks like a placeholder stays data.
     return re.sub(r"\{\{(title|css|js|data)\}\}", lambda match: parts[match[1]], template)

@@ -1,0 +1,137 @@
+"""How fast a run of 98 layers with 16,384 features each is served: `python benchmarks/serving.py FOLDER`.
+
+Makes that run of random content in FOLDER (again only if it is not there), starts the server on it as a process of its own, and
+prints the median and the 95th percentile of each request, alone and with several clients at once, and the server's memory.
+"""
+
+import argparse
+import http.client
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from throughline.records import FEATURE_COLUMNS, LABEL_COLUMNS
+from throughline.run_dir import RunDir
+from throughline.study import parse_study
+
+LAYERS = {"first": 36, "second": 32, "third": 24, "fourth": 6}
+FEATURES, WORDS = 16_384, 30_000
+REQUESTS = {
+    "overview": "/api/overview",
+    "first page": "/api/features",
+    "a word in labels": "/api/features?q=word77",
+    "a letter": "/api/features?q=w&limit=100",
+    "nothing": "/api/features?q=zzzz",
+    "filters": "/api/features?q=word1&model=first&layer=7&min_density=0.01&labelled=true&sort=density",
+    "one feature": "/api/feature?model=second&layer=20&feature=1234",
+    "transfers": "/api/transfers",
+}
+
+
+def make_run(folder: Path) -> RunDir:
+    """A run with tables of features and labels, half of the features labelled."""
+    models = [{"name": name, "path": "zoo/gpt2"} for name in LAYERS]
+    run = RunDir.create(folder, parse_study({"name": "large", "models": models, "data": {"path": "zoo/arithmetic"}}))
+    for seed, (name, layers) in enumerate(LAYERS.items()):
+        if not run.has_table(name, "labels"):
+            rng = np.random.default_rng(seed)
+            for table, frame in make_tables(layers, rng).items():
+                run.write_table(name, table, frame)
+    return run
+
+
+def make_tables(num_layers: int, rng: np.random.Generator) -> dict[str, pl.DataFrame]:
+    """Features and labels of one model."""
+    num = num_layers * FEATURES
+    words = pl.Series([f" word{i}" for i in range(WORDS)])
+
+    def lists(length: int) -> pl.Series:
+        drawn = words.gather(rng.integers(0, WORDS, num * length))
+        return drawn.reshape((num, length)).arr.to_list()
+
+    keys = {"layer": np.repeat(np.arange(num_layers), FEATURES), "feature": np.tile(np.arange(FEATURES), num_layers)}
+    count = rng.integers(0, 50_000, num)
+    numbers = {"density": count / 1e6, "num_active": count, "num_tokens": np.full(num, 1_000_000)}
+    numbers |= {name: rng.random(num) for name in ("mean_active", "max", "top_token_share")}
+    tokens = {"top_tokens": lists(5), "promoted": lists(5), "suppressed": lists(5)}
+    roles = {"role_means": pl.Series(rng.random((num, 10))).arr.to_list()}
+    features = pl.DataFrame(keys | numbers | tokens | roles).select(*FEATURE_COLUMNS).cast(FEATURE_COLUMNS)  # pyright: ignore
+    labelled = rng.random(num) < 0.5
+    some = {name: column[labelled] for name, column in keys.items()}
+    said = pl.DataFrame({"word": words.gather(rng.integers(0, WORDS, int(labelled.sum())))})
+    labels = pl.DataFrame(some).with_columns(
+        label=said.select(pl.format("token {} before a number", "word")).to_series(),
+        source=pl.lit("tokens"),
+        measure=pl.lit("tokens"),
+        **{name: pl.Series(rng.random(int(labelled.sum()))) for name in ("f1", "precision", "recall", "threshold")},
+        **{name: pl.lit(0.1) for name in ("base_f1", "neuron_f1", "untrained_f1")},
+        **{name: pl.lit(None) for name in ("balanced_accuracy", "fuzzing")},
+        **{name: pl.lit(1000) for name in ("num_positive", "num_tokens")},
+    )
+    return {"features": features, "labels": labels.select(*LABEL_COLUMNS).cast(LABEL_COLUMNS)}  # pyright: ignore
+
+
+def ask(connection: http.client.HTTPConnection, path: str) -> float:
+    """Seconds of one request."""
+    began = time.perf_counter()
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    body = answer.read()
+    assert answer.status == 200, body
+    return time.perf_counter() - began
+
+
+def measure(port: int, path: str, num_clients: int, num_requests: int) -> list[float]:
+    """Seconds of each request of several clients at once, sorted."""
+
+    def one(_: int) -> list[float]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        return [ask(connection, path) for _ in range(num_requests)]
+
+    with ThreadPoolExecutor(num_clients) as pool:
+        return sorted(seconds for mine in pool.map(one, range(num_clients)) for seconds in mine)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--clients", type=int, default=10)
+    options = parser.parse_args()
+    run = make_run(options.folder)
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "throughline", "serve", str(run.root), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr
+        found = re.search(r":(\d+)/", process.stderr.readline())
+        assert found
+        port = int(found[1])
+        measure(port, REQUESTS["overview"], 1, 1)
+        print(f"ready after {time.perf_counter() - began:.1f} s; {sum(LAYERS.values()) * FEATURES:,} features")
+        for name, path in REQUESTS.items():
+            first = measure(port, path, 1, 1)[0]
+            alone, together = measure(port, path, 1, 20), measure(port, path, options.clients, 10)
+            p95 = [times[int(0.95 * len(times))] for times in (alone, together)]
+            print(
+                f"{name:18} first {1000 * first:6.1f} ms, then median {1000 * statistics.median(alone):6.1f}, "
+                f"p95 {1000 * p95[0]:6.1f}; {options.clients} clients median {1000 * statistics.median(together):6.1f}, "
+                f"p95 {1000 * p95[1]:6.1f}"
+            )
+        status = Path(f"/proc/{process.pid}/status")
+        if status.exists():
+            print(re.search(r"VmRSS.*", status.read_text())[0], f"on {os.cpu_count()} cores")  # pyright: ignore
+    finally:
+        process.terminate()
+        process.wait()
+
+
+if __name__ == "__main__":
+    main()
