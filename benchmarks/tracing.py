@@ -1,8 +1,7 @@
 """How well predictions of traces hold, over prompts and seeds: `python benchmarks/tracing.py RUN [RUN ...] [--prompts 50]`.
 
-Each RUN is the same study of zoo models with another seed (`--set training.seed=1`); every study has its own section. Prompts:
-"What is a + b?" with held-out pairs
-of operands, a carry, a sum below 100, answered correctly by the model; the same for every seed.
+RUNs of one study with several seeds (`--set training.seed=1`) are one section. Prompts: "What is a + b?" with held-out pairs of
+operands, a carry, a sum below 100, answered correctly by the model; the same for every seed.
 
     nodes         every active feature at every position of every layer is set to its mean at the same position of 200 other
                   problems, one at a time; change of each target's score, measured, against plain gradient times change
