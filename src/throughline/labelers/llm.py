@@ -101,14 +101,27 @@ def price_of(spec: LlmSpec, prompt_tokens: int, answer_tokens: int) -> float | N
 class _Tally:
     """What was asked so far, by all threads."""
 
-    num_calls: int = 0
-    num_stored: int = 0
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
+    answers: dict[str, Answer] = field(default_factory=dict)  # by question
+    new: set[str] = field(default_factory=set)  # the questions sent now
+    num_shared: int = 0
     failed_in_a_row: int = 0
     reason: str = ""
     stopped: bool = False
     lock: Lock = field(default_factory=Lock)
+
+    def add(self, key: str, answer: Answer, new: bool) -> None:
+        """Counts a question of two features once, whichever of them comes first."""
+        with self.lock:
+            self.failed_in_a_row = 0 if new else self.failed_in_a_row
+            self.num_shared += key in self.answers
+            self.answers[key] = answer
+            if new:
+                self.new.add(key)
+
+    @property
+    def num_calls(self) -> int:
+        """Made now."""
+        return len(self.new)
 
 
 class _NoLabel(Exception):
@@ -167,16 +180,23 @@ class LanguageModelLabels:
         return tuple(tuple(shuffled[i : i + self._spec.per_call]) for i in range(0, len(shuffled), self._spec.per_call))
 
     def estimate(self, cases: Sequence[Case]) -> Cost:
-        """What asking about these takes; what is stored already is counted apart."""
-        cost = Cost()
+        """What asking about these takes; what is stored already is counted apart, and a question of two features once."""
+        cost, counted = Cost(num_features=len(cases)), set[str]()
         for case in cases:
             explain = self._request(*ask_label(case.examples))
             stored = self._answers.find(explain.key(self._answerer.model))
             label = read_label(stored.text) if stored else "x" * (LONGEST_LABEL // 2)
-            cost += Cost(num_features=1) + self._cost_of(explain, TOKENS_OF_A_LABEL)
+            requests = [(explain, TOKENS_OF_A_LABEL)]
             for instruction, batch in case.judged if label else ():
                 request = self._request(*ask_judgement(instruction, label, batch))
-                cost += self._cost_of(request, TOKENS_OF_A_JUDGEMENT * len(batch))
+                requests.append((request, TOKENS_OF_A_JUDGEMENT * len(batch)))
+            for number, (request, answer_tokens) in enumerate(requests):
+                key = request.key(self._answerer.model)
+                if number and not stored:  # features whose labels are not known yet will ask with their own
+                    key += case.name
+                if key not in counted:
+                    counted.add(key)
+                    cost += self._cost_of(request, answer_tokens)
         return cost
 
     def _cost_of(self, request: Request, answer_tokens: int) -> Cost:
@@ -213,8 +233,10 @@ class LanguageModelLabels:
                 True  # where an error or Ctrl-C ends it, features that are half asked about make no further call
             )
             pool.shutdown(cancel_futures=True)
-        if failed and not tally.num_calls + tally.num_stored:
+        if failed and not tally.answers:
             raise CallError(tally.reason)
+        prompt_tokens = sum(answer.prompt_tokens for answer in tally.answers.values())
+        answer_tokens = sum(answer.answer_tokens for answer in tally.answers.values())
         report = AskedLabels(
             model=model,
             answered_by=self._answerer.model,
@@ -224,10 +246,11 @@ class LanguageModelLabels:
             unread=_in_order(unread, cases),
             left_out=left_out,
             num_calls=tally.num_calls,
-            num_stored=tally.num_stored,
-            prompt_tokens=tally.prompt_tokens,
-            answer_tokens=tally.answer_tokens,
-            price=price_of(self._spec, tally.prompt_tokens, tally.answer_tokens),
+            num_stored=len(tally.answers) - tally.num_calls,
+            num_shared=tally.num_shared,
+            prompt_tokens=prompt_tokens,
+            answer_tokens=answer_tokens,
+            price=price_of(self._spec, prompt_tokens, answer_tokens),
         )
         ordered = [rows[case.name] for case in cases if case.name in rows]
         return pl.DataFrame(ordered, schema=LABEL_COLUMNS, orient="row"), report
@@ -270,6 +293,7 @@ class LanguageModelLabels:
     def _ask(self, asked: tuple[str, str], tally: _Tally) -> str:
         """The text of the stored answer, or of a new one. After STOP_AFTER failures in a row nothing is asked any more."""
         request, new = self._request(*asked), False
+        key = request.key(self._answerer.model)
 
         def call() -> Answer:
             nonlocal new
@@ -281,18 +305,13 @@ class LanguageModelLabels:
             return self._answerer.answer(request)
 
         try:
-            answer = self._answers.find_or_ask(request.key(self._answerer.model), call)
+            answer = self._answers.find_or_ask(key, call)
         except CallError as error:
             with tally.lock:
                 tally.failed_in_a_row += new
                 tally.reason = str(error) if new else tally.reason
             raise
-        with tally.lock:
-            tally.failed_in_a_row = 0 if new else tally.failed_in_a_row
-            tally.num_calls += new
-            tally.num_stored += not new
-            tally.prompt_tokens += answer.prompt_tokens
-            tally.answer_tokens += answer.answer_tokens
+        tally.add(key, answer, new)
         return answer.text
 
 

@@ -183,6 +183,7 @@ class AskedLabels(Record):
     left_out: dict[str, str]  # not asked about: why
     num_calls: int  # made now; what was answered before is not asked again
     num_stored: int  # answers that were there already
+    num_shared: int = 0  # times that a feature asked what another one had asked; such a question is counted once
     prompt_tokens: int  # of all answers that were used, as far as the endpoint counts them
     answer_tokens: int
     price: float | None  # of these tokens; None where no prices are given
