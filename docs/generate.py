@@ -2,6 +2,7 @@
 
 cli.md              the help of every command
 trace.schema.json   JSON Schema of `throughline trace --json`
+../web/openapi.json what the page asks of a server, and what a page without one holds; its types are made from it
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
 INTRODUCTION = """# Commands
@@ -24,8 +26,25 @@ def render_all() -> dict[str, str]:
     """File names and contents."""
     from throughline.records import Trace
 
+    page = "../web/openapi.json"
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Trace.model_json_schema()
-    return {"cli.md": describe_commands(), "trace.schema.json": json.dumps(schema, indent=1, ensure_ascii=False) + "\n"}
+    as_json = {"trace.schema.json": schema, page: describe_page()}
+    return {"cli.md": describe_commands()} | {
+        name: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for name, value in as_json.items()
+    }
+
+
+def describe_page() -> dict[str, Any]:
+    """The server's API, with `PageData` among its types."""
+    from pydantic.json_schema import models_json_schema
+
+    from throughline.report.contents import PageData
+    from throughline.serving.app import describe_api
+
+    described = describe_api()
+    _, data = models_json_schema([(PageData, "serialization")], ref_template="#/components/schemas/{model}")
+    described["components"]["schemas"] = data["$defs"] | described["components"]["schemas"]
+    return described
 
 
 def describe_commands() -> str:

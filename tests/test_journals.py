@@ -11,7 +11,8 @@ import pytest
 import throughline
 from throughline import journals
 from throughline.errors import InputError
-from throughline.journals import JsonLines, check_extras, read_lines
+from throughline.journals import JsonLines, check_extras
+from throughline.progress import read_lines
 from throughline.run_dir import RunDir
 from throughline.study import load_study
 from throughline.training import Progress

@@ -33,11 +33,11 @@ from throughline.records import Comparison, JobState, Trace
 from throughline.run_dir import RunDir
 from throughline.serving.access import Access, access_of
 from throughline.serving.app import Serving
-from throughline.serving.feature_index import FeatureIndex, FeatureQuery, load_index
 from throughline.serving.guarding import MOST_BODY_BYTES
 from throughline.serving.jobs import Job, Limits
 from throughline.serving.requests import MOST_PROMPT_CHARACTERS
 from throughline.serving.server import bind, make_server, resolve
+from throughline.views.feature_index import FeatureIndex, FeatureQuery, load_index
 
 pytestmark = pytest.mark.xdist_group("serving")
 
@@ -429,7 +429,7 @@ def test_a_run_without_results_says_what_makes_them(tmp_path):
 
 
 def test_what_the_run_gains_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr("throughline.serving.fresh.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("throughline.views.fresh.LOOK_SECONDS", 0.0)
     run = build_run(tmp_path / "run", parts=("quality", "tables"))
     with served(Serving(run)) as client:
         assert client.get("/api/traces") == []
@@ -770,7 +770,7 @@ def test_models_are_let_go_when_nothing_is_to_do_and_old_results_are_forgotten(m
 
 
 def test_a_run_made_anew_is_not_answered_from_before(tmp_path, monkeypatch):
-    monkeypatch.setattr("throughline.serving.fresh.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("throughline.views.fresh.LOOK_SECONDS", 0.0)
     run = build_run(tmp_path / "run", parts=())
     worker = Waiting()
     worker.may.set()

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from throughline.errors import InputError
 from throughline.records import span
@@ -90,18 +90,6 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What `JsonLines` wrote, by step, the later of two lines of one step and layer; lines cut short are left out."""
-    rows: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[row["step"], tuple(row["layers"])] = row
-    return [rows[key] for key in sorted(rows)]
 
 
 class TensorBoard:

@@ -4,11 +4,13 @@ A job's state is a file of its own, so any process can read how far all of them 
 to a process that is gone.
 """
 
+import json
 import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from throughline.claims import SILENT_SECONDS, beating
@@ -62,6 +64,21 @@ def read_status(run: RunDir) -> dict[str, Any]:
         "devices": [state.model_dump() for state in sorted(running, key=lambda state: (state.host, state.device))],
         "models": models,
     }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A journal of training as `journals.JsonLines` wrote it, by step; the later of two lines of one step and layer.
+
+    Lines cut short are left out.
+    """
+    rows: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["step"], tuple(row["layers"])] = row
+    return [rows[key] for key in sorted(rows)]
 
 
 def _read_model(run: RunDir, spec: ModelSpec, jobs: list[tuple[JobState, str]], depth: int | None) -> dict[str, Any]:

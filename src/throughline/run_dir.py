@@ -69,6 +69,7 @@ PARTS = {  # of a run that are made one after another, and may be made again whi
     "tables": "models/*/*.parquet",
     "transfer": "transfer/*/*.json",
     "analysis": "analysis.json",
+    "journals": "models/*/training_*.jsonl",
     "traces": "traces/*.json",
 }
 TRACE_VERSION = Trace.model_fields["version"].default
@@ -134,7 +135,7 @@ class RunDir:
         """Names, times and sizes of the files of PARTS: another if one of them was made anew."""
         found = []
         for name in (name for part in parts for name in self.storage.glob(PARTS[part])):
-            self.storage.fetch(name)
+            self.storage.fetch(name, keep_unsent=True)
             with suppress(FileNotFoundError):  # taken away since the look
                 status = (self.root / name).stat()
                 found.append((name, status.st_mtime_ns, status.st_size))
@@ -247,6 +248,13 @@ class RunDir:
     def journal(self, model: str, layers: Sequence[int]) -> Path:
         """What the training of a block of layers measured, as JSON lines."""
         return self.root / self._journal_name(model, layers)
+
+    def journals(self, model: str) -> list[Path]:
+        """What the training of each block of a model's layers measured."""
+        names = self.storage.glob(f"models/{folder_name(model)}/training_*.jsonl")
+        for name in names:
+            self.storage.fetch(name, keep_unsent=True)  # the one that is being written here is newer
+        return [self.root / name for name in names]
 
     @staticmethod
     def _journal_name(model: str, layers: Sequence[int]) -> str:

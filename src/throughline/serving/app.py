@@ -1,30 +1,29 @@
 """The application: the page, the API, and what clients are told when something is refused or fails."""
 
-import hashlib
-from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from throughline import __version__
 from throughline.errors import InputError, ThroughlineError
-from throughline.report.page import inline_blocks
+from throughline.report.bundle import read_bundle, render_page, render_shell
 from throughline.run_dir import RunDir
 from throughline.serving.access import Access
-from throughline.serving.answers import Refusal
-from throughline.serving.errors import RefusedError
 from throughline.serving.guarding import FAILED, NO_CONTENT_POLICY, Guard
 from throughline.serving.job_routes import job_routes
 from throughline.serving.jobs import JobQueue, Limits, Worker
-from throughline.serving.reading import RunReader
 from throughline.serving.reading_routes import reading_routes
-from throughline.serving.relations import Relations
 from throughline.serving.streaming import Streams
+from throughline.views.answers import Refusal
+from throughline.views.reading import RunReader
+from throughline.views.refusals import RefusedError
+from throughline.views.relations import Relations
 
 REFUSALS = (400, 401, 403, 404, 413, 421, 422, 429)
 
@@ -63,6 +62,18 @@ class Serving:
 
 def build_app(serving: Serving) -> ASGIApp:
     """The whole application, guarded."""
+    app = _make_api(serving)
+    _serve_page(app, serving)
+    _tell_errors(app, serving.redact)
+    return Guard(app, serving.access)
+
+
+def describe_api() -> dict[str, Any]:
+    """The API of any run's server as OpenAPI has it."""
+    return _make_api(Serving(RunDir("nowhere"))).openapi()
+
+
+def _make_api(serving: Serving) -> FastAPI:
     app = FastAPI(
         title="throughline",
         version=__version__,
@@ -74,21 +85,31 @@ def build_app(serving: Serving) -> ASGIApp:
     )
     app.include_router(reading_routes(serving.reader, Relations(serving.reader), serving.streams))
     app.include_router(job_routes(serving.reader, serving.queue, serving.streams))
-    policy = page_policy()
+    return app
+
+
+# no inline script: the page's own comes from an address
+PAGE_POLICY = f"{NO_CONTENT_POLICY}; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data: blob:"
+
+
+def _serve_page(app: FastAPI, serving: Serving) -> None:
+    """The page in parts, and as the template from which it makes files to send to somebody."""
 
     @app.get("/", include_in_schema=False)
     def page() -> HTMLResponse:
-        html = serving.reader.page.encode("utf-8", "backslashreplace")
-        return HTMLResponse(html, headers={"content-security-policy": policy})
+        return HTMLResponse(render_shell(serving.reader.study.name), headers={"content-security-policy": PAGE_POLICY})
 
-    _tell_errors(app, serving.redact)
-    return Guard(app, serving.access)
+    @app.get("/page.js", include_in_schema=False)
+    def script() -> Response:
+        return Response(read_bundle().script, media_type="text/javascript")
 
+    @app.get("/page.css", include_in_schema=False)
+    def style() -> Response:
+        return Response(read_bundle().style, media_type="text/css")
 
-def page_policy() -> str:
-    """What the report may do: run its own script and style, known by their digests, and nothing that data smuggled in."""
-    css, js = (b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in inline_blocks())
-    return f"{NO_CONTENT_POLICY}; img-src data:; style-src 'sha256-{css}'; script-src 'sha256-{js}'"
+    @app.get("/page.html", include_in_schema=False)
+    def template() -> Response:
+        return Response(render_page("", None), media_type="text/plain; charset=utf-8")
 
 
 def _tell_errors(app: FastAPI, redact: Callable[[str], str]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from throughline.serving.answers import StatusAnswer
 from throughline.serving.jobs import ENDED, Job, JobQueue
+from throughline.views.answers import StatusAnswer
 
 LOOK_SECONDS = 0.1
 STATUS_SECONDS = 2.0

@@ -6,14 +6,14 @@ from fastapi import APIRouter, Header, Response
 from fastapi.responses import StreamingResponse
 
 from throughline.records import Comparison, Trace
-from throughline.serving.answers import JobAnswer
-from throughline.serving.errors import RefusedError
 from throughline.serving.events import follow_job
 from throughline.serving.jobs import JobQueue
-from throughline.serving.reading import RunReader
 from throughline.serving.reading_routes import EVENTS
 from throughline.serving.requests import CompareRequest, TraceRequest
 from throughline.serving.streaming import Streams
+from throughline.views.answers import JobAnswer
+from throughline.views.reading import RunReader
+from throughline.views.refusals import RefusedError
 
 NEW: dict[int | str, dict[str, Any]] = {202: {"model": JobAnswer, "description": "a new job"}}
 

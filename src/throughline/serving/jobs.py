@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 from throughline.errors import ThroughlineError
 from throughline.run_dir import digest_key
-from throughline.serving.answers import JobAnswer, JobKind, JobPhase
-from throughline.serving.errors import RefusedError
 from throughline.serving.requests import CompareRequest, TraceRequest
+from throughline.views.answers import JobAnswer, JobKind, JobPhase
+from throughline.views.refusals import RefusedError
 
 logger = logging.getLogger(__name__)
 ENDED = ("done", "failed", "cancelled")

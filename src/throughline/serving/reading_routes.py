@@ -5,8 +5,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
-from throughline.records import Analysis, Comparison, Trace, TransferInfo
-from throughline.serving.answers import (
+from throughline.records import Analysis, Comparison, ComparisonTotals, Trace, TransferInfo
+from throughline.serving.events import follow_status
+from throughline.serving.streaming import Streams
+from throughline.views.answers import (
     ComparisonRow,
     FeatureAnswer,
     FeaturePage,
@@ -14,13 +16,12 @@ from throughline.serving.answers import (
     PairPage,
     StatusAnswer,
     TraceRow,
+    TrainingCurve,
     TransferAnswer,
 )
-from throughline.serving.events import follow_status
-from throughline.serving.feature_index import FeatureQuery, SortBy
-from throughline.serving.reading import RunReader
-from throughline.serving.relations import Relations
-from throughline.serving.streaming import Streams
+from throughline.views.feature_index import FeatureQuery, SortBy
+from throughline.views.reading import RunReader
+from throughline.views.relations import Relations
 
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "server-sent events"}
@@ -111,6 +112,16 @@ def reading_routes(reader: RunReader, relations: Relations, streams: Streams) ->
     def comparison(key: str) -> Comparison:
         """One of them."""
         return reader.comparison(key)
+
+    @router.get("/totals")
+    def totals() -> list[ComparisonTotals]:
+        """The comparisons over many prompts."""
+        return reader.totals()
+
+    @router.get("/training")
+    def training() -> list[TrainingCurve]:
+        """What training measured so far, layer by layer."""
+        return reader.training()
 
     @router.get("/status")
     def status() -> StatusAnswer:

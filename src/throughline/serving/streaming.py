@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 from fastapi.responses import StreamingResponse
 
-from throughline.serving.errors import RefusedError
+from throughline.views.refusals import RefusedError
 
 MOST_STREAMS = 200
 RETRY_SECONDS = 5

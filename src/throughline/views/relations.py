@@ -5,14 +5,14 @@ Of results that hold an entry for every feature, only what is asked for is read:
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from safetensors import safe_open
 
 from throughline.records import PARTS, TOKEN_KINDS, TransferInfo, complete_labels, rank_labels, reaches
-from throughline.serving.answers import (
+from throughline.views.answers import (
     Context,
     FeatureAnswer,
     Pair,
@@ -22,12 +22,22 @@ from throughline.serving.answers import (
     Throughline,
     TransferAnswer,
 )
-from throughline.serving.errors import RefusedError, unknown_thing
-from throughline.serving.fresh import Fresh
-from throughline.serving.reading import RunReader
+from throughline.views.fresh import Fresh
+from throughline.views.reading import RunReader
+from throughline.views.refusals import RefusedError, unknown_thing
 
 ROLES = [f"{kind} in the {part}" for part in PARTS for kind in TOKEN_KINDS]
 MATCHING = "matching"
+
+
+class Cell(NamedTuple):
+    """The matched features of two layers, best correlated first, and how many correlate more than chance gives."""
+
+    sources: np.ndarray
+    targets: np.ndarray
+    correlations: np.ndarray
+    threshold: float
+    num_above: int
 
 
 class Relations:
@@ -98,7 +108,7 @@ class Relations:
             if (info.metric, info.source) != (MATCHING, model) or layer not in info.source_layers:
                 continue
             place = info.source_layers.index(layer)
-            with self._open(info) as arrays:
+            with self.open(info) as arrays:
                 if feature >= arrays.get_slice("partner").get_shape()[2]:
                     continue
                 matched = arrays.get_slice("partner")[place, :, feature]
@@ -136,7 +146,7 @@ class Relations:
         """A result with all its matrices."""
         info = self._info(metric, source, target)
         shape = [len(info.source_layers), len(info.target_layers)]
-        with self._open(info) as arrays:
+        with self.open(info) as arrays:
             names = [name for name in arrays.keys() if arrays.get_slice(name).get_shape() == shape]  # noqa: SIM118
             matrices = {name: arrays.get_tensor(name).tolist() for name in names if name != "live"}
         return TransferAnswer(info=info, matrices=matrices)
@@ -148,24 +158,30 @@ class Relations:
         info = self._info(MATCHING, source, target)
         row = _place("source layer", source_layer, info.source_layers)
         column = _place("target layer", target_layer, info.target_layers)
-        with self._open(info) as arrays:
-            partner_F = arrays.get_slice("partner")[row, column, :]
-            correlation_F = arrays.get_slice("correlation")[row, column, :]
-            threshold = float(arrays.get_slice("threshold")[row, column])
-        matched = np.flatnonzero((partner_F >= 0) & np.isfinite(correlation_F))
-        matched = matched[np.argsort(-correlation_F[matched], kind="stable")]
-        page = matched[offset : offset + limit]
-        index = self._reader.index
-        sources = index.name(source, source_layer, page.tolist())
-        targets = index.name(target, target_layer, partner_F[page].tolist())
-        rows = zip(sources, targets, correlation_F[page].tolist(), strict=True)
+        with self.open(info) as arrays:
+            cell = self.cell(arrays, row, column)
+        page, index = slice(offset, offset + limit), self._reader.index
+        sources = index.name(source, source_layer, cell.sources[page].tolist())
+        targets = index.name(target, target_layer, cell.targets[page].tolist())
+        rows = zip(sources, targets, cell.correlations[page].tolist(), strict=True)
         return PairPage(
-            total=len(matched),
+            total=len(cell.sources),
             offset=offset,
-            threshold=threshold,
-            num_above=int((correlation_F[matched] > threshold).sum()),
+            threshold=cell.threshold,
+            num_above=cell.num_above,
             pairs=[Pair(source=a, target=b, correlation=r) for a, b, r in rows],
         )
+
+    @staticmethod
+    def cell(arrays: Any, row: int, column: int) -> "Cell":
+        """One cell of an open result of `matching`."""
+        partner_F = arrays.get_slice("partner")[row, column, :]
+        correlation_F = arrays.get_slice("correlation")[row, column, :]
+        threshold = float(arrays.get_slice("threshold")[row, column])
+        matched = np.flatnonzero((partner_F >= 0) & np.isfinite(correlation_F))
+        matched = matched[np.argsort(-correlation_F[matched], kind="stable")]
+        num_above = int((correlation_F[matched] > threshold).sum())
+        return Cell(matched, partner_F[matched], correlation_F[matched], threshold, num_above)
 
     def _info(self, metric: str, source: str, target: str) -> TransferInfo:
         infos = self._reader.transfers.get()
@@ -176,7 +192,7 @@ class Relations:
         raise unknown_thing("transfer result", f"{metric} from {source} to {target}", known)
 
     @contextmanager
-    def _open(self, info: TransferInfo) -> Iterator[Any]:
+    def open(self, info: TransferInfo) -> Iterator[Any]:
         """The arrays of a result, of which parts can be read; the file is checked when it is new."""
         run, key = self._run, (info.metric, info.source, info.target)
         if key not in self._files:

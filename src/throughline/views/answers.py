@@ -1,15 +1,16 @@
-"""What the API answers, as types: its description at /api/openapi.json is made from them."""
+"""What the page asks of a run, as types. The API's description (/api/openapi.json) and the page's types are made from them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator
 
-from throughline.records import Label, LayerQuality, TransferInfo
+from throughline.records import JobState, Label, LayerQuality, TransferInfo
 
 Number = Annotated[
     float | None, BeforeValidator(lambda x: x if x is None or abs(x) < float("inf") else None)
 ]  # NaN: None
 Matrix = list[list[Number]]  # [source layer, target layer]
+LayerPhase = Literal["done", "imported", "running", "stopped", "waiting", "failed"]
 JobKind = Literal["trace", "compare"]
 JobPhase = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -18,6 +19,29 @@ class Refusal(BaseModel):
     """Why a request was refused: one sentence."""
 
     detail: str
+
+
+class StudyAnswer(BaseModel):
+    """What a run was made with, without where it lies on this machine."""
+
+    name: str
+    text: str
+    config: str | None
+    context: int
+    heldout: float
+    tokens: int
+    epochs: int
+    seed: int
+    bar: float  # held-out F1 from which a label is shown as one
+    gate: dict[str, float]
+
+
+class StepAnswer(BaseModel):
+    """A finished step of a run."""
+
+    name: str
+    started: str
+    seconds: float
 
 
 class ModelAnswer(BaseModel):
@@ -43,7 +67,7 @@ class QualityAnswer(LayerQuality):
 class Overview(BaseModel):
     """The run: what it was made from and with, its models and how good their dictionaries are."""
 
-    study: dict[str, Any]
+    study: StudyAnswer
     created: str
     versions: dict[str, str]
     hardware: dict[str, str | int | float]
@@ -52,7 +76,7 @@ class Overview(BaseModel):
     random_weights: list[str]
     models: list[ModelAnswer]
     quality: list[QualityAnswer]
-    steps: list[dict[str, str | float]]
+    steps: list[StepAnswer]
     num_transfers: int
     num_traces: int
     num_comparisons: int
@@ -199,6 +223,28 @@ class ComparisonRow(BaseModel):
     answers: dict[str, str]
 
 
+class LayerState(BaseModel):
+    """Where the training of a layer is; `gate` lists the conditions it failed, None before it was evaluated."""
+
+    state: LayerPhase
+    gate: list[str] | None
+
+
+class JobProgress(JobState):
+    """A job of training, and whether its process is alive."""
+
+    state: str
+
+
+class ModelState(BaseModel):
+    """Where a model is: its layers by number, its steps, and the jobs of training that are not done."""
+
+    state: str
+    steps: dict[str, bool]
+    jobs: list[JobProgress]
+    layers: dict[str, LayerState]
+
+
 class StatusAnswer(BaseModel):
     """Where training is, as `throughline status` says it: counts by state, jobs that run, and each model's layers and steps."""
 
@@ -207,8 +253,21 @@ class StatusAnswer(BaseModel):
     random_weights: list[str]
     layers: dict[str, int]
     eta_seconds: Number
-    devices: list[dict[str, Any]]
-    models: dict[str, dict[str, Any]]
+    devices: list[JobState]
+    models: dict[str, ModelState]
+
+
+class TrainingCurve(BaseModel):
+    """What the training of one layer measured, at up to a few hundred steps; lists are by point."""
+
+    model: str
+    layer: int
+    step: list[int]
+    tokens: list[int]
+    loss: list[Number]
+    l0: list[Number]
+    fvu: list[Number]
+    dead: list[Number]
 
 
 class JobAnswer(BaseModel):

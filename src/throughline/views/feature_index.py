@@ -16,7 +16,7 @@ import polars as pl
 
 from throughline.records import FEATURE_COLUMNS, LABEL_COLUMNS, rank_labels, reaches
 from throughline.run_dir import RunDir
-from throughline.serving.answers import FeatureName, FeatureRow
+from throughline.views.answers import FeatureName, FeatureRow
 
 SortBy = Literal["f1", "density", "max", "num_active", "layer", "label"]
 KEYS = ["layer", "feature"]

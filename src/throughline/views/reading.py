@@ -1,24 +1,37 @@
-"""What is read of a run, as the API answers it. Names are looked up among those the run has, and never become paths."""
+"""What is read of a run. Names are looked up among those the run has, and never become paths."""
 
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from throughline.progress import read_status
-from throughline.records import Analysis, Comparison, LayerQuality, Trace
-from throughline.report.contents import describe_model, describe_study
-from throughline.report.page import load_page
+from throughline.progress import read_lines, read_status
+from throughline.records import Analysis, Comparison, ComparisonTotals, LayerQuality, Trace
 from throughline.run_dir import RunDir, digest_key
-from throughline.serving.answers import ComparisonRow, ModelAnswer, Overview, QualityAnswer, StatusAnswer, TraceRow
-from throughline.serving.errors import RefusedError, unknown_thing
-from throughline.serving.feature_index import FeatureIndex, load_index
-from throughline.serving.fresh import Fresh
 from throughline.study import Study
+from throughline.views.answers import (
+    ComparisonRow,
+    ModelAnswer,
+    Overview,
+    QualityAnswer,
+    StatusAnswer,
+    StepAnswer,
+    StudyAnswer,
+    TraceRow,
+    TrainingCurve,
+)
+from throughline.views.feature_index import FeatureIndex, load_index
+from throughline.views.fresh import Fresh
+from throughline.views.refusals import RefusedError, unknown_thing
+
+MEASURES = ("loss", "l0", "fvu", "dead")
+CURVE_POINTS = 200  # of a layer's training that are told, at most
 
 
 class Traces(NamedTuple):
-    """Traces and comparisons of a run by their ids."""
+    """Traces, those of comparisons among them, and comparisons of a run by their ids; and comparisons over many prompts."""
 
     traces: dict[str, Trace]
     comparisons: dict[str, Comparison]
+    totals: list[ComparisonTotals]
 
 
 class RunReader:
@@ -32,9 +45,7 @@ class RunReader:
         self._traces = Fresh(lambda: run.stamp("traces"), lambda: _read_traces(run))
         self._quality = Fresh(lambda: run.stamp("study", "steps", "quality"), lambda: _read_quality(run))
         self._steps = Fresh(lambda: run.stamp("steps"), run.manifest)
-        self._page = Fresh(
-            lambda: run.stamp("study", "quality", "tables", "transfer", "analysis", "traces"), lambda: load_page(run)
-        )
+        self._training = Fresh(lambda: run.stamp("study", "journals"), lambda: _read_training(run))
         self.transfers = Fresh(lambda: run.stamp("transfer"), run.transfers)
 
     @property
@@ -46,11 +57,6 @@ class RunReader:
     def index(self) -> FeatureIndex:
         """The features of all models."""
         return self._index.get()
-
-    @property
-    def page(self) -> str:
-        """The report."""
-        return self._page.get()
 
     def model(self, name: str) -> str:
         """`name`, if it is one of the run's models."""
@@ -70,14 +76,26 @@ class RunReader:
         models = []
         for spec in study.models:
             num_features, num_labelled = index.count(spec.name)
-            described = describe_model(study, spec.name, quality[spec.name])
-            models.append(ModelAnswer(**described, num_features=num_features, num_labelled=num_labelled))
+            layers = quality[spec.name]
+            models.append(
+                ModelAnswer(
+                    name=spec.name,
+                    path=_public(spec.path),
+                    weights=spec.weights,
+                    layers=[q.layer for q in layers],
+                    d_model=layers[0].d_model if layers else None,
+                    d_sae=sorted({q.d_sae for q in layers}),
+                    architecture=sorted({q.architecture for q in layers}) or [study.dictionary_for(spec).architecture],
+                    num_features=num_features,
+                    num_labelled=num_labelled,
+                )
+            )
         return Overview(
-            study=describe_study(study),
+            study=_describe_study(study),
             **info.model_dump(include={"created", "versions", "hardware", "commit", "forced", "random_weights"}),
             models=models,
             quality=[QualityAnswer(**q.model_dump(), passes=q.passed) for mine in quality.values() for q in mine],
-            steps=[{"name": n, "started": s.started, "seconds": s.seconds} for n, s in self._steps.get().items()],
+            steps=[StepAnswer(name=n, started=s.started, seconds=s.seconds) for n, s in self._steps.get().items()],
             num_transfers=len(self.transfers.get()),
             num_traces=len(traces.traces),
             num_comparisons=len(traces.comparisons),
@@ -120,6 +138,18 @@ class RunReader:
         """One of them."""
         return _one("comparison", key, self._traces.get().comparisons)
 
+    def totals(self) -> list[ComparisonTotals]:
+        """Comparisons over many prompts."""
+        return self._traces.get().totals
+
+    def outdated_traces(self) -> list[str]:
+        """Files of traces that another version made, which are left out."""
+        return self.run.outdated_traces()
+
+    def training(self) -> list[TrainingCurve]:
+        """What training measured, layer by layer."""
+        return self._training.get()
+
     def status(self) -> StatusAnswer:
         """Where training is, now."""
         status = read_status(self.run)
@@ -139,11 +169,58 @@ def _digest_steps(run: RunDir) -> str:
     return digest_key(run.study().model_dump(mode="json"), steps)
 
 
+def trace_id(trace: Trace) -> str:
+    """What a trace that is kept in a run is called."""
+    return digest_key("trace", trace.model, trace.prompt)
+
+
 def _read_traces(run: RunDir) -> Traces:
+    """Each model and prompt once; models in the study's order."""
+    names = [spec.name for spec in run.study().models]
     comparisons = {digest_key("compare", c.models, c.prompt): c for c in run.comparisons()}
-    traces = {digest_key("trace", t.model, t.prompt): t for t in run.traces()}
-    return Traces(traces, comparisons)
+    found = {trace_id(trace): trace for comparison in comparisons.values() for trace in comparison.traces.values()}
+    found |= {trace_id(trace): trace for trace in run.traces()}
+    order = sorted(found.items(), key=lambda one: names.index(one[1].model) if one[1].model in names else len(names))
+    return Traces(dict(order), comparisons, run.totals())
+
+
+def _read_training(run: RunDir) -> list[TrainingCurve]:
+    curves = []
+    for spec in run.study().models:
+        rows: dict[int, list[tuple[dict[str, Any], int]]] = {}  # of each layer, with its place in the block
+        for path in run.journals(spec.name):
+            for row in read_lines(path):
+                for place, layer in enumerate(row["layers"]):
+                    rows.setdefault(layer, []).append((row, place))
+        for layer, mine in sorted(rows.items()):
+            mine.sort(key=lambda one: one[0]["step"])
+            chosen = mine[:: -(-len(mine) // CURVE_POINTS)]
+            chosen += mine[-1:] if chosen[-1] is not mine[-1] else []
+            measured = {name: [row[name][place] for row, place in chosen] for name in MEASURES}
+            steps, tokens = ([row[name] for row, _ in chosen] for name in ("step", "tokens"))
+            curves.append(TrainingCurve(model=spec.name, layer=layer, step=steps, tokens=tokens, **measured))
+    return curves
 
 
 def _read_quality(run: RunDir) -> dict[str, list[LayerQuality]]:
     return {spec.name: run.quality(spec.name) for spec in run.study().models}
+
+
+def _describe_study(study: Study) -> StudyAnswer:
+    return StudyAnswer(
+        name=study.name,
+        text=_public(study.data.path),
+        config=study.data.config,
+        context=study.data.context,
+        heldout=study.data.heldout,
+        tokens=study.training.tokens,
+        epochs=study.training.epochs,
+        seed=study.training.seed,
+        bar=study.features.bar,
+        gate=study.gate.model_dump(),
+    )
+
+
+def _public(path: str) -> str:
+    """A hub id as it is; of a place on this machine the last part only, since pages are passed on."""
+    return PurePath(path).name if PurePath(path).is_absolute() else path
