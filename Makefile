@@ -1,7 +1,8 @@
 # make setup   install into .venv (again only when pyproject.toml or constraints.txt change)
 # make demo    the whole pipeline on the bundled models, offline
 # make test    lint, types, tests
-# make docs    write the generated parts of docs/ anew
+# make docs    write the generated parts of docs/ anew, and the page's types
+# make page    build the page of web/ into the package; needs Node 20.19 or newer
 # make bench   ours and the peers' trainings in turn, and how cost grows; on a quiet machine
 # make peers   other projects' libraries, apart from ours, to test files against
 # make s3      a client and a server of S3, apart from ours, to test runs at s3:// with
@@ -11,10 +12,12 @@ PYTEST_ARGS ?= -n 2 --dist loadgroup
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+WEB_STAMP := web/node_modules/.installed
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint types docs peers s3 bench clean
+.PHONY: setup demo test lint types docs page peers s3 bench clean
 
 setup: $(STAMP)
 
@@ -39,8 +42,20 @@ types: $(STAMP)
 test: $(STAMP) lint types
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-docs: $(STAMP)
+docs: $(STAMP) $(WEB_STAMP)
 	@$(BIN)/python docs/generate.py
+	@cd web && npm run --silent types > node_modules/.types.log
+
+# What people without Node have: one file in the package. `.ci/run` builds it again and fails if it differs.
+page: $(WEB_STAMP)
+	@cd web && npm run --silent types > node_modules/.types.log
+	@cd web && npm run --silent check > node_modules/.check.log || { cat node_modules/.check.log; exit 1; }
+	@cd web && npm run --silent test > node_modules/.test.log 2>&1 || { cat node_modules/.test.log; exit 1; }
+	@cd web && npm run --silent build > node_modules/.build.log 2>&1 || { cat node_modules/.build.log; exit 1; }
+
+$(WEB_STAMP): web/package.json web/package-lock.json
+	@cd web && npm ci --silent --no-fund --no-audit
+	@touch $@
 
 # Apart from .venv, so that nothing of ours leans on them. dictionary_learning's dictionaries need none of its dependencies.
 PEERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/throughline/peers

@@ -44,7 +44,7 @@ LAYERS = (
         "activations",
         "api",
     },
-    {"figures", "report", "serving", "cli", "zoo.__main__"},
+    {"views", "figures", "report", "serving", "cli", "zoo.__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 BESIDE_ALLOWED = {0, 2, 4, 5}  # the nouns do not know one another, nor do the verbs
@@ -66,6 +66,7 @@ TORCH_FREE = {
     "circuit_tracer",
     "analyzing",
     "figures",
+    "views",
     "report",
     "serving",
 }

@@ -3,13 +3,10 @@
 What is read comes from a made-up run; what is traced is a tiny run of two bundled models. One test starts the command itself.
 """
 
-import base64
-import hashlib
 import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -41,7 +38,6 @@ from throughline.views.feature_index import FeatureIndex, FeatureQuery, load_ind
 
 pytestmark = pytest.mark.xdist_group("serving")
 
-CHROMIUM = shutil.which("chromium")
 TOKEN = "a-token-of-some-length"
 STUDY = {
     "name": "tiny",
@@ -224,44 +220,27 @@ def trace_of(number: int = 0) -> dict[str, str]:
 # ---- reading
 
 
-def test_the_page_is_the_report_and_its_policy_allows_its_own_script_alone(client, made_up):
+def test_the_page_comes_in_parts_and_its_policy_allows_no_inline_script(client, made_up):
     answer = client.ask("GET", "/")
     assert answer.status == 200
     assert answer.headers["content-type"].startswith("text/html")
     policy = answer.headers["content-security-policy"]
-    assert "unsafe" not in policy
-    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy and "default-src 'none'" in policy and "script-src 'self'" in policy
     page = answer.body.decode()
-    assert HOSTILE not in page
-    blocks = [re.search(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL) for kind in ("style", "script")]
-    for block in blocks:
-        assert block
-        digest = base64.b64encode(hashlib.sha256(block[1].encode()).digest()).decode()
-        assert f"'sha256-{digest}'" in policy
+    assert re.findall(r"<script[^>]*>", page) == ['<script type="module" src="/page.js">']
+    assert not re.search(r"<style|style=|\bon\w+=", page)
+    for path, kind, part in (("/page.js", "text/javascript", b"/api/"), ("/page.css", "text/css", b"--page")):
+        sent = client.ask("GET", path)
+        assert sent.status == 200 and sent.headers["content-type"].startswith(kind) and part in sent.body
     assert not (made_up.report_folder() / "index.html").exists()  # reading writes nothing
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; the digests are compared above without one")
-def test_a_browser_runs_the_page_under_its_policy(client):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page, complaints = browser.new_page(), []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(f"http://127.0.0.1:{client.port}/#features")
-        page.wait_for_selector("main section")
-        background = page.evaluate("getComputedStyle(document.querySelector('header.top')).position")
-        runs_more = page.evaluate(
-            "() => { const s = document.createElement('script'); s.textContent = 'window.more = 1';"
-            " document.body.append(s); return window.more === 1; }"
-        )
-        browser.close()
-    assert background == "sticky"  # its style is applied
-    assert not runs_more
-    assert all("Content Security Policy" in words for words in complaints)
-    assert len(complaints) == 1, complaints  # of the script that was added here
+def test_the_template_of_files_to_send_has_places_for_title_and_data(client):
+    sent = client.ask("GET", "/page.html")
+    assert sent.headers["content-type"].startswith("text/plain")  # nobody is to open it here
+    template = sent.body.decode()
+    assert template.count("{{title}}") == template.count("{{data}}") == 1 and "{{policy}}" not in template
+    assert client.ask("GET", "/page.js").body.decode() in template
 
 
 def test_every_answer_says_that_it_is_not_to_be_sniffed_framed_or_kept(client):
@@ -395,6 +374,21 @@ def test_analysis_traces_and_comparisons_are_those_of_the_run(client, made_up):
     assert whole in made_up.traces()
     compared = client.get("/api/comparisons")
     assert Comparison.model_validate(client.get(f"/api/comparisons/{compared[0]['id']}")) == made_up.comparisons()[0]
+
+
+def test_training_is_told_as_curves(client, made_up, tmp_path):
+    assert client.get("/api/training") == []
+    run = RunDir.create(tmp_path / "run", made_up.study())
+    path = run.journal(MODELS[0].name, [0, 1])
+    path.parent.mkdir(parents=True)
+    row = {"layers": [0, 1], "l0": [3, 4], "fvu": [0.5, 0.25], "dead": [0, 0.1]}
+    lines = [row | {"step": step, "tokens": 64 * step, "loss": [1 / step, 2 / step]} for step in range(1, 502)]
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 502, "lay')  # a line that is being written
+    with served(Serving(run)) as other:
+        first, second = other.get("/api/training")
+    assert (first["model"], first["layer"], second["layer"]) == (MODELS[0].name, 0, 1)
+    assert first["step"][0] == 1 and first["step"][-1] == 501 and len(first["step"]) <= 202
+    assert second["loss"][-1] == 2 / 501 and second["fvu"][0] == 0.25 and second["tokens"][-1] == 64 * 501
 
 
 def test_what_is_not_there_is_said_in_a_sentence(client):

@@ -18,10 +18,10 @@ from throughline.views.reading import RunReader
 from throughline.views.relations import MATCHING, ROLES, Relations
 
 MAX_FEATURES = 24_000
-CONTEXT_BYTES = 5_000_000
-MAX_PARTNERS = 120_000
+CONTEXT_BYTES = 1_900_000
+MAX_PARTNERS = 40_000
 MAX_PAIRS = 100_000
-MOST_PAIRS, FEWEST_PAIRS = 50, 5  # of a cell
+MOST_PAIRS, FEWEST_PAIRS = 30, 5  # of a cell
 CONTEXT_TOKENS = 8  # on either side of the token a context is about
 LISTED_TOKENS = 8
 
@@ -232,6 +232,7 @@ def _pack_table(features: pl.DataFrame, strings: Strings) -> dict[str, Any]:
         "role_means",
     )
     packed: dict[str, Any] = {name: features[name].to_list() for name in names}
+    packed["role_means"] = features["role_means"].list.eval(pl.element().round_sig_figs(2)).to_list()
     for name in ("top_tokens", "promoted", "suppressed"):
         packed[name] = [strings.column((texts or [])[:LISTED_TOKENS]) for texts in features[name].to_list()]
     return packed
@@ -261,6 +262,9 @@ def _pack_labels(
     labels = complete_labels(labels).cast({key: features.schema[key] for key in keys})
     joined = rank_labels(labels.with_columns(pl.col("f1").fill_nan(None)).join(rows, on=keys), bar)
     joined = joined.with_columns(reached=reaches(bar).fill_null(False)).sort("row", maintain_order=True)
+    joined = joined.filter(pl.col("reached") | (pl.int_range(pl.len()).over("row") == 0))  # or else the best of each
+    scores = ("f1", "precision", "recall", "base_f1", "neuron_f1", "untrained_f1", "balanced_accuracy", "fuzzing")
+    joined = joined.with_columns(pl.col(scores).round(3))
     words = ("label", "source", "measure")
     columns = {name: joined[name].to_list() for name in PackedLabels.model_fields if name not in words}
     return PackedLabels(**columns, **{name: strings.column(joined[name].to_list()) for name in words})
@@ -340,7 +344,9 @@ def _pack_partners(
         if not found:
             continue
         place = pl.col("correlation").rank("ordinal", descending=True).over("row")
-        frames.append(pl.concat(found).with_columns(place=place, of=pl.lit(number)))
+        frames.append(
+            pl.concat(found).with_columns(place=place, of=pl.lit(number), correlation=pl.col("correlation").round(2))
+        )
     if not frames:
         empty = {column: [] for column in columns}
         return {model: PackedPartners(**empty) for model in kept}, 0
