@@ -1,11 +1,13 @@
 """How fast a run of 98 layers with 16,384 features each is served: `python benchmarks/serving.py FOLDER`.
 
-Makes that run of random content in FOLDER (again only if it is not there), starts the server on it as a process of its own, and
-prints the median and the 95th percentile of each request, alone and with several clients at once, and the server's memory.
+Makes that run of random content in FOLDER (again only what is not there; 2 GB), starts the server on it as a process of its own,
+and prints the median and the 95th percentile of each request, alone and with several clients at once, and the server's memory;
+then, in Chromium, how long the first view, a search and one step of zooming a map of 98 x 98 take; and the size of the report.
 """
 
 import argparse
 import http.client
+import itertools
 import os
 import re
 import statistics
@@ -18,7 +20,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from throughline.records import FEATURE_COLUMNS, LABEL_COLUMNS
+from throughline.records import (
+    EXAMPLE_COLUMNS,
+    FEATURE_COLUMNS,
+    LABEL_COLUMNS,
+    LayerQuality,
+    TransferInfo,
+    TransferResult,
+)
 from throughline.run_dir import RunDir
 from throughline.study import parse_study
 
@@ -33,6 +42,8 @@ REQUESTS = {
     "filters": "/api/features?q=word1&model=first&layer=7&min_density=0.01&labelled=true&sort=density",
     "one feature": "/api/feature?model=second&layer=20&feature=1234",
     "transfers": "/api/transfers",
+    "a matrix": "/api/transfer?metric=matching&source=first&target=second",
+    "a cell's pairs": "/api/pairs?source=first&target=second&source_layer=10&target_layer=9",
 }
 
 
@@ -41,11 +52,57 @@ def make_run(folder: Path) -> RunDir:
     models = [{"name": name, "path": "zoo/gpt2"} for name in LAYERS]
     run = RunDir.create(folder, parse_study({"name": "large", "models": models, "data": {"path": "zoo/arithmetic"}}))
     for seed, (name, layers) in enumerate(LAYERS.items()):
-        if not run.has_table(name, "labels"):
+        if not run.has_table(name, "examples"):
             rng = np.random.default_rng(seed)
             for table, frame in make_tables(layers, rng).items():
                 run.write_table(name, table, frame)
+            for layer in range(layers):
+                run.write_quality(make_quality(name, layer, rng))
+    known = {(info.metric, info.source, info.target) for info in run.transfers()}
+    for seed, (source, target) in enumerate(itertools.product(LAYERS, LAYERS)):
+        if ("matching", source, target) not in known:
+            run.write_transfer(make_transfer(source, target, np.random.default_rng(100 + seed)))
     return run
+
+
+def make_quality(model: str, layer: int, rng: np.random.Generator) -> LayerQuality:
+    """A quality that passes the gate."""
+    fields = {name: float(rng.random()) for name, f in LayerQuality.model_fields.items() if f.annotation is float}
+    counts = {name: 50_000 for name, f in LayerQuality.model_fields.items() if f.annotation is int}
+    shape = {"layer": layer, "d_model": 2048, "d_sae": FEATURES}
+    lists = {"fvu_by_position": [0.1] * 8, "gate": []}
+    return LayerQuality(
+        model=model,
+        architecture="topk",
+        answers_kept=0.99,
+        **(fields | counts | shape | lists),  # pyright: ignore
+    )
+
+
+def make_transfer(source: str, target: str, rng: np.random.Generator) -> TransferResult:
+    """Random matches of all features of every pair of layers."""
+    shape = (LAYERS[source], LAYERS[target])
+    arrays = {name: rng.random(shape) for name in ("value", "null", "threshold")}
+    arrays |= {"low": arrays["value"] - 0.05, "high": arrays["value"] + 0.05, "null": 0.1 * arrays["null"]}
+    partner = rng.integers(0, FEATURES, (*shape, FEATURES), dtype=np.int32)
+    correlation = rng.random((*shape, FEATURES), dtype=np.float32)
+    return TransferResult(
+        TransferInfo(
+            metric="matching",
+            source=source,
+            target=target,
+            source_layers=list(range(shape[0])),
+            target_layers=list(range(shape[1])),
+            quantity="random numbers",
+            null="random numbers",
+            ceiling=None,
+            num_tokens=100_000,
+            num_documents=1000,
+            coverage=1.0,
+            seed=0,
+        ),
+        arrays | {"partner": partner, "correlation": correlation},
+    )
 
 
 def make_tables(num_layers: int, rng: np.random.Generator) -> dict[str, pl.DataFrame]:
@@ -76,7 +133,18 @@ def make_tables(num_layers: int, rng: np.random.Generator) -> dict[str, pl.DataF
         **{name: pl.lit(None) for name in ("balanced_accuracy", "fuzzing")},
         **{name: pl.lit(1000) for name in ("num_positive", "num_tokens")},
     )
-    return {"features": features, "labels": labels.select(*LABEL_COLUMNS).cast(LABEL_COLUMNS)}  # pyright: ignore
+    few = np.repeat(np.arange(num), 2)
+    contexts = pl.DataFrame({key: column[few] for key, column in keys.items()}).with_columns(
+        stratum=pl.lit("top"),
+        rank=pl.lit(0),
+        value=pl.Series(rng.random(2 * num)),
+        document=pl.Series(rng.integers(0, 1000, 2 * num)),
+        tokens=words.gather(rng.integers(0, WORDS, 2 * num * 12)).reshape((2 * num, 12)).arr.to_list(),
+        values=pl.Series(rng.random((2 * num, 12))).arr.to_list(),
+        focus=pl.lit(6),
+    )
+    examples = contexts.select(*EXAMPLE_COLUMNS).cast(EXAMPLE_COLUMNS)  # pyright: ignore
+    return {"features": features, "examples": examples, "labels": labels.select(*LABEL_COLUMNS).cast(LABEL_COLUMNS)}  # pyright: ignore
 
 
 def ask(connection: http.client.HTTPConnection, path: str) -> float:
