@@ -1,4 +1,5 @@
 /** A page without a server: the same answers, from the data inside it (`PageData`). */
+import { to } from "./route.svelte";
 import { AskError, type FeatureQuery, type PairQuery, type SortBy, type Source } from "./source";
 import type {
   Context,
@@ -315,8 +316,18 @@ export function embedded(data: PageData, page: (title: string, data: unknown) =>
     training: async () => data.training,
     page,
     leftOut: leftOut(data),
+    start: startOf(data),
     live: null,
   };
+}
+
+/** A page that was made of one trace or comparison begins with it. */
+function startOf(data: PageData): string | null {
+  if (Object.keys(data.features.models).length || data.training.length || data.transfers.length) return null;
+  const [comparison, ...moreComparisons] = data.comparisons;
+  if (comparison) return moreComparisons.length ? null : to("compare", [comparison.id]);
+  const [trace, ...moreTraces] = data.traces;
+  return trace && !moreTraces.length ? to("trace", [trace.id]) : null;
 }
 
 function leftOut(data: PageData): string[] {

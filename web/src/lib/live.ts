@@ -155,6 +155,7 @@ export const server: Source = {
     return fill(await answer.text(), title, data);
   },
   leftOut: [],
+  start: null,
   live,
 };
 

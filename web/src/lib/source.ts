@@ -70,6 +70,8 @@ export interface Source {
   page(title: string, data: unknown): Promise<string>;
   /** What a page without a server leaves out, in sentences. */
   readonly leftOut: string[];
+  /** The address that the page begins at if it is opened without one; null for the overview. */
+  readonly start: string | null;
   readonly live: Live | null;
 }
 
