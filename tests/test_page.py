@@ -7,6 +7,7 @@ shows is held against what the server says.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,9 +53,13 @@ class Homes(NamedTuple):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run of the demo's study with less text, everything but its figures made."""
+    """A run of the demo's study with less text, everything but its figures made; or a copy of one that lies at THROUGHLINE_DEMO."""
     preset = Path(api.__file__).parent / "presets" / "demo.yaml"
     folder = tmp_path_factory.mktemp("page") / "run"
+    if made := os.environ.get("THROUGHLINE_DEMO"):
+        shutil.copytree(made, folder)
+        write_page(RunDir.open(folder))
+        return RunDir.open(folder)
     run = api.train(preset, folder, list(SETTINGS), device="cpu")
     for make in (api.evaluate, api.features, api.label, api.transfer):
         make(run, device="cpu")

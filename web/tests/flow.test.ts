@@ -18,4 +18,5 @@ test("bands cover all layers of birth, once each", () => {
 test("half-life is where the curve first comes down to one half", () => {
   expect(halfLife([0, 1, 2, 3], [1, null, 0.6, 0.4])).toBeCloseTo(2.5);
   expect(halfLife([0, 1], [1, 0.9])).toBeNull();
+  expect(halfLife([0, 1], [0.4, 0.3])).toBeNull(); // it was there before
 });

@@ -16,6 +16,7 @@ test("consecutive places of one model are a block", () => {
 test("every place has a number if there is room, and else each model begins anew", () => {
   expect(numbered(two, 20, 14)).toEqual([0, 1, 2, 3, 4]);
   expect(numbered([...places("a", 8), ...places("b", 8)], 4, 14)).toEqual([0, 4, 8, 12]);
+  expect(numbered([...places("a", 9), ...places("b", 1)], 4, 14)).toEqual([0, 4, 9]); // 8 would touch the next model's first
 });
 
 test("a point is the cell below it, also where the map is zoomed, and none beside it", () => {

@@ -72,7 +72,7 @@ function panelSvg(picture: Picture, panel: Panel, left: number, top: number, siz
   panel.values.forEach((own, row) => {
     own.forEach((value, column) => {
       const fill = value === null ? look.empty : sequential(partOf(value, limits));
-      parts.push(`<rect x="${column * size}" y="${row * size}" width="${size}" height="${size}" fill="${fill}"/>`);
+      parts.push(`<rect x="${column * size}" y="${row * size}" width="${size}" height="${size}" fill="${fill}" shape-rendering="crispEdges"/>`);
       const [x, y] = [(column + 0.5) * size, (row + 0.5) * size + 4];
       if (value === null && size >= 12) parts.push(text(x, y, "–", 'text-anchor="middle"'));
       else if (value !== null && size >= 30) {

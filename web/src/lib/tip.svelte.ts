@@ -1,4 +1,5 @@
 /** The one note beside the pointer, and beside what has the keyboard's attention. */
+import { on } from "svelte/events";
 
 class Note {
   lines = $state<string[]>([]);
@@ -30,17 +31,19 @@ export function told(element: Element, lines: () => string[]) {
     tip.show(now(), box.x + box.width / 2, box.y + box.height);
   };
   const hide = () => tip.hide();
-  element.addEventListener("pointermove", move);
-  element.addEventListener("focus", focus);
-  for (const name of ["pointerleave", "blur"]) element.addEventListener(name, hide);
+  // Svelte's own, since an element that is taken away loses the focus in the midst of drawing, where no state may be changed.
+  const stops = [
+    on(element, "pointermove", move),
+    on(element, "focus", focus),
+    on(element, "pointerleave", hide),
+    on(element, "blur", hide),
+  ];
   return {
     update(next: () => string[]) {
       now = next;
     },
     destroy() {
-      element.removeEventListener("pointermove", move);
-      element.removeEventListener("focus", focus);
-      for (const name of ["pointerleave", "blur"]) element.removeEventListener(name, hide);
+      for (const stop of stops) stop();
       tip.hide();
     },
   };
