@@ -1,6 +1,8 @@
 """A real browser on the page, in both of its homes, with everything it complained about or asked for."""
 
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +68,22 @@ class Tab:
     def settle(self) -> None:
         """Wait until the view stands."""
         self.page.wait_for_selector("main h1")
-        self.page.wait_for_function("!document.querySelector('main').innerText.includes('Loading …')")
+        self.until("!document.querySelector('main').innerText.includes('Loading …')")
+
+    def until(self, expression: str, seconds: float = 30) -> None:
+        """Wait until something is true in the page. (Playwright's own way has the page evaluate text, which its policy forbids.)"""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, f"{expression}\n{self.page.inner_text('main')[:2000]}"
+            time.sleep(0.05)
+
+    def until_text(self, pattern: str, seconds: float = 30) -> str:
+        """Wait until the view's text matches; returns the text."""
+        end = time.monotonic() + seconds
+        while not re.search(pattern, text := self.page.inner_text("main")):
+            assert time.monotonic() < end, f"{pattern}\n{text[:2000]}"
+            time.sleep(0.05)
+        return text
 
     def require_fit(self) -> None:
         """No scrolling sideways."""

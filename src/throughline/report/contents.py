@@ -76,10 +76,13 @@ def _keep(key: str, comparison: Comparison) -> KeptComparison:
     return KeptComparison(id=key, comparison=comparison.model_copy(update={"traces": {}}), traces=traces)
 
 
+TIMES = frozenset({"at"})  # seconds since 1970: four digits would be another year
+
+
 def compact(value: Any) -> Any:
-    """`value` for JSON: floats with four significant digits, NaN and infinities as None."""
+    """`value` for JSON: floats with four significant digits (but for times), NaN and infinities as None."""
     if isinstance(value, dict):
-        return {key: compact(item) for key, item in value.items()}
+        return {key: item if key in TIMES else compact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [compact(item) for item in value]
     if isinstance(value, np.ndarray):

@@ -42,22 +42,54 @@ const KEPT_STYLES = [
   "dominant-baseline",
 ];
 
-/** A picture as a text of its own: what the page's style gives it is written into each element. */
-export function svgText(svg: SVGSVGElement): string {
+/** A copy that looks as it does here: what the page's style gives it is written into each element. */
+function standalone(svg: SVGSVGElement): SVGSVGElement {
   const copy = svg.cloneNode(true) as SVGSVGElement;
   const own = [svg, ...svg.querySelectorAll<SVGElement>("*")];
   const copies = [copy, ...copy.querySelectorAll<SVGElement>("*")];
   own.forEach((element, i) => {
+    // As attributes, since the page's policy lets no style attribute be set.
     const style = getComputedStyle(element);
-    const text = KEPT_STYLES.map((name) => `${name}:${style.getPropertyValue(name)}`).join(";");
-    copies[i]?.setAttribute("style", text);
+    copies[i]?.removeAttribute("style");
     copies[i]?.removeAttribute("class");
+    for (const name of KEPT_STYLES) copies[i]?.setAttribute(name, style.getPropertyValue(name));
   });
-  const { width, height } = svg.getBoundingClientRect();
-  copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
-  if (!copy.hasAttribute("width")) copy.setAttribute("width", String(Math.round(width)));
-  if (!copy.hasAttribute("height")) copy.setAttribute("height", String(Math.round(height)));
-  return new XMLSerializer().serializeToString(copy);
+  return copy;
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** A picture as a text of its own, with its size; the entries of a legend beside it stand in it where they stand here. */
+export function svgText(svg: SVGSVGElement, legend: Element[] = []): { svg: string; width: number; height: number } {
+  const copy = standalone(svg);
+  const box = svg.getBoundingClientRect();
+  let bottom = box.height;
+  for (const entry of legend) {
+    const style = getComputedStyle(entry);
+    for (const mark of entry.querySelectorAll("svg")) {
+      const place = mark.getBoundingClientRect();
+      const sign = standalone(mark);
+      sign.setAttribute("x", String(place.x - box.x));
+      sign.setAttribute("y", String(place.y - box.y));
+      copy.append(sign);
+    }
+    const place = entry.getBoundingClientRect();
+    const after = entry.querySelector("svg")?.getBoundingClientRect().right ?? place.x;
+    const words = document.createElementNS(SVG, "text");
+    words.textContent = entry.textContent?.trim().replace(/\s+/g, " ") ?? "";
+    words.setAttribute("x", String(after - box.x + 5));
+    words.setAttribute("y", String(place.y - box.y + place.height / 2 + 4));
+    words.setAttribute("fill", style.color);
+    words.setAttribute("font-family", style.fontFamily);
+    words.setAttribute("font-size", style.fontSize);
+    copy.append(words);
+    bottom = Math.max(bottom, place.bottom - box.y + 4);
+  }
+  const [width, height] = [Math.round(box.width), Math.round(bottom)];
+  copy.setAttribute("xmlns", SVG);
+  copy.setAttribute("width", String(width));
+  copy.setAttribute("height", String(height));
+  return { svg: new XMLSerializer().serializeToString(copy), width, height };
 }
 
 /** A picture of an svg's text, twice as fine as a screen. */
