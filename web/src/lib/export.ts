@@ -40,6 +40,8 @@ const KEPT_STYLES = [
   "font-weight",
   "text-anchor",
   "dominant-baseline",
+  "paint-order",
+  "stroke-linejoin",
 ];
 
 /** A picture as a text of its own: what the page's style gives it is written into each element. */
@@ -49,8 +51,8 @@ export function svgText(svg: SVGSVGElement): string {
   const copies = [copy, ...copy.querySelectorAll<SVGElement>("*")];
   own.forEach((element, i) => {
     const style = getComputedStyle(element);
-    const text = KEPT_STYLES.map((name) => `${name}:${style.getPropertyValue(name)}`).join(";");
-    copies[i]?.setAttribute("style", text);
+    // As attributes of their own: a policy without inline style would forbid them in one `style`.
+    for (const name of KEPT_STYLES) copies[i]?.setAttribute(name, style.getPropertyValue(name));
     copies[i]?.removeAttribute("class");
   });
   const { width, height } = svg.getBoundingClientRect();
