@@ -64,10 +64,13 @@ const BARE_COLUMN = 46;
 const CHARACTER = 5.9; // width of a character of a name
 const WIDE = /[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\p{Extended_Pictographic}]/u;
 
+const PLAIN = /^[\x20-\x7e]*$/;
+const seen = new Intl.Segmenter(undefined, { granularity: "grapheme" });
+
 /** As much of a text as fits; by characters as people see them, those of East Asia and pictures counted double. */
 export function fit(text: string, room: number): string {
   const size = (c: string) => (WIDE.test(c) ? 2 : 1) * CHARACTER;
-  const characters = [...new Intl.Segmenter(undefined, { granularity: "grapheme" }).segment(text)].map((one) => one.segment);
+  const characters = PLAIN.test(text) ? [...text] : [...seen.segment(text)].map((one) => one.segment);
   if (characters.reduce((sum, c) => sum + size(c), 0) <= room) return text;
   let left = room - CHARACTER;
   const kept: string[] = [];
