@@ -5,41 +5,50 @@ import type { Comparison, ComparisonTotals, Concept, Estimate, SharedFeature, St
 export const STANDINGS = ["universal", "shared", "specific"] as const;
 export type StandingName = (typeof STANDINGS)[number];
 
+const ACTIVE = "active here";
+
 /** Dark to pale, as the figures have them: what all have is the strongest. */
 export const STANDING_COLORS: Record<StandingName, string> = { universal: "#0b4f9c", shared: "#5b9bd5", specific: "#a9a9a5" };
 
-/** One line under a model: shares of what, or a bound or ceiling of the universal ones alone. */
+/** One line of the table, with a share for each model: of the active features, or what that is to be held against. */
 export interface StandingRow {
   key: string;
-  model: string;
-  first: boolean; // of its model
+  standing: StandingName;
   what: string;
   note: string;
-  shares: Partial<Record<StandingName, Estimate>>;
+  main: boolean; // the share that the others are held against
   bound: boolean; // at most so many
-  n: number | null;
+  by: Record<string, Estimate>;
 }
 
-const only = (value: number | null | undefined): Estimate => ({ value: value ?? null, low: null, high: null, n: 0 });
+const plain = (value: number | null | undefined): Estimate => ({ value: value ?? null, low: null, high: null, n: 0 });
 
-function allOf(shares: Record<string, number>): Partial<Record<StandingName, Estimate>> {
-  return Object.fromEntries(STANDINGS.map((name) => [name, only(shares[name])]));
-}
-
+/** All lines; bounds and the ceiling are of universal features alone. Lines that no model has anything for are left out. */
 export function standingRows(models: readonly string[], standings: Record<string, Standings>): StandingRow[] {
-  return models.flatMap((model) => {
-    const mine = standings[model];
-    if (!mine) return [];
-    const rows: Omit<StandingRow, "key" | "model" | "first">[] = [
-      { what: "active here", note: "active on prompt or answer, with 95 % interval", shares: mine.active, bound: false, n: mine.num_active },
-      { what: "all live", note: "the base rate: all features that are ever active", shares: allOf(mine.live), bound: false, n: mine.num_live },
-      { what: "by chance", note: "the same active features, with the other models' tokens from another document", shares: allOf(mine.chance), bound: false, n: null },
-      { what: "by definition", note: "of the threshold, at most so many pass by chance", shares: { universal: only(mine.most_universal_by_chance) }, bound: true, n: null },
-      { what: "by kind of token", note: "at most so many, if only the kind of position were known", shares: { universal: only(mine.most_universal_by_kind) }, bound: true, n: null },
-      { what: "ceiling", note: "share found again in a dictionary of the same layer from another seed", shares: { universal: only(mine.ceiling) }, bound: false, n: null },
+  const rows = STANDINGS.flatMap((standing) => {
+    const row = (what: string, note: string, of: (mine: Standings) => Estimate, bound = false): StandingRow => ({
+      key: `${standing}/${what}`,
+      standing,
+      what,
+      note,
+      main: what === ACTIVE,
+      bound,
+      by: Object.fromEntries(models.flatMap((model) => (standings[model] ? [[model, of(standings[model])]] : []))),
+    });
+    const own = [
+      row(ACTIVE, "95 % interval", (s) => s.active[standing] ?? plain(null)),
+      row("all live", "the base rate", (s) => plain(s.live[standing])),
+      row("by chance", "other text in the other models", (s) => plain(s.chance[standing])),
     ];
-    return rows.map((row, i) => ({ ...row, key: `${model}/${row.what}`, model, first: i === 0 }));
+    if (standing !== "universal") return own;
+    return [
+      ...own,
+      row("by the threshold", "at most, by its definition", (s) => plain(s.most_universal_by_chance), true),
+      row("by kind of token", "at most, knowing no more", (s) => plain(s.most_universal_by_kind), true),
+      row("ceiling", "found again with another seed", (s) => plain(s.ceiling)),
+    ];
   });
+  return rows.filter((row) => Object.values(row.by).some((found) => found.value !== null));
 }
 
 /** `57 % [53, 60]`; a bound as `≤ 8 %`. */

@@ -8,7 +8,7 @@
  *    beside the strongest between the same two layers
  */
 import { token } from "./format";
-import { type Place, allFeatures, effectOf, keyOf, nameOf, pathOf, placeOfFeature } from "./traced";
+import { type Place, allFeatures, effectOf, keyOf, pathOf, placeOfFeature, topTokens } from "./traced";
 import type { ActiveFeature, Trace } from "./types";
 
 export interface GraphNode {
@@ -19,7 +19,7 @@ export interface GraphNode {
   y: number;
   r: number;
   shown: ActiveFeature | null; // null: only a chain goes through it
-  name: string;
+  name: string; // without a label its top tokens alone: there is little room
   room: number; // pixels for its name at its right
 }
 
@@ -53,21 +53,24 @@ export interface Graph {
 }
 
 export const HEAD = 22; // height of the layers' names
-const PITCH = 19; // between nodes; no circle is wider
+const PITCH = 17; // between nodes; no circle is wider
 const LEAST_R = 3.5;
-const MOST_R = 9;
+const MOST_R = 8;
 const RING_R = 4;
 const ENDS = 92; // width for the answer's tokens
-const EMPTY_ROW = 17;
+const EMPTY_ROW = 15;
 const NAMED_COLUMN = 104;
 const BARE_COLUMN = 46;
 const CHARACTER = 5.9; // width of a character of a name
 const WIDE = /[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\p{Extended_Pictographic}]/u;
 
+const PLAIN = /^[\x20-\x7e]*$/;
+const seen = new Intl.Segmenter(undefined, { granularity: "grapheme" });
+
 /** As much of a text as fits; by characters as people see them, those of East Asia and pictures counted double. */
 export function fit(text: string, room: number): string {
   const size = (c: string) => (WIDE.test(c) ? 2 : 1) * CHARACTER;
-  const characters = [...new Intl.Segmenter(undefined, { granularity: "grapheme" }).segment(text)].map((one) => one.segment);
+  const characters = PLAIN.test(text) ? [...text] : [...seen.segment(text)].map((one) => one.segment);
   if (characters.reduce((sum, c) => sum + size(c), 0) <= room) return text;
   let left = room - CHARACTER;
   const kept: string[] = [];
@@ -99,12 +102,12 @@ export function layOut(trace: Trace, width: number, named: boolean): Graph {
   const found = new Map<string, { place: Place; shown: ActiveFeature | null; name: string }>();
   for (const feature of allFeatures(trace)) {
     const place = placeOfFeature(feature);
-    found.set(keyOf(place), { place, shown: feature, name: nameOf(feature) });
+    found.set(keyOf(place), { place, shown: feature, name: feature.label?.text ?? topTokens(feature) });
   }
   for (const step of trace.chains.flatMap((chain) => chain.steps)) {
     for (const place of step.features as Place[]) {
       const id = keyOf(place);
-      if (!found.has(id)) found.set(id, { place, shown: null, name: step.label });
+      if (!found.has(id)) found.set(id, { place, shown: null, name: step.label.replace(/^unlabelled: /, "") });
     }
   }
   const cells = new Map<string, string[]>();

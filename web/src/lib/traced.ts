@@ -18,8 +18,9 @@ export const placeOfFeature = (feature: ActiveFeature): Place => [feature.layer,
 /** The measured effect, or the predicted one where none was measured. */
 export const effectOf = (feature: ActiveFeature): number => feature.effect ?? feature.predicted_effect;
 
-export const nameOf = (feature: ActiveFeature): string =>
-  feature.label?.text ?? `unlabelled: ${feature.top_tokens.slice(0, 3).map(token).join(" ")}`;
+export const topTokens = (feature: ActiveFeature): string => feature.top_tokens.slice(0, 3).map(token).join(" ");
+
+export const nameOf = (feature: ActiveFeature): string => feature.label?.text ?? `unlabelled: ${topTokens(feature)}`;
 
 export const tokenAt = (trace: Trace, position: number): string => trace.tokens[position]?.[1] ?? "";
 
