@@ -425,6 +425,14 @@ def start(run: Path, port: int = 0) -> tuple[subprocess.Popen, int]:
     return process, int(found[1])
 
 
+def end(process: subprocess.Popen) -> None:
+    """Kill it, whatever it does, and let its pipe go."""
+    process.kill()
+    process.wait()
+    assert process.stderr is not None
+    process.stderr.close()
+
+
 def test_a_server_killed_during_a_trace_and_started_again(browser, homes):
     folder = homes.run.root
     before = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
@@ -441,7 +449,7 @@ def test_a_server_killed_during_a_trace_and_started_again(browser, homes):
         while client.get(f"/api/jobs/{job}")["phase"] == "queued":
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
         here.until_text("connection|does not answer")
         process, _ = start(folder, port)
         here.until_text("started again", seconds=60)
@@ -450,8 +458,7 @@ def test_a_server_killed_during_a_trace_and_started_again(browser, homes):
         assert "93" in page.inner_text("main")
         page.close()
     finally:
-        process.kill()
-        process.wait()
+        end(process)
     run = RunDir.open(folder)
     for step in run.manifest():
         run.check(step)  # every file is what it was when its step was done

@@ -18,7 +18,7 @@ from throughline.views.reading import RunReader
 from throughline.views.relations import MATCHING, ROLES, Relations
 
 MAX_FEATURES = 24_000
-CONTEXT_BYTES = 1_900_000
+CONTEXT_BYTES = 1_500_000
 MAX_PARTNERS = 40_000
 MAX_PAIRS = 100_000
 MOST_PAIRS, FEWEST_PAIRS = 30, 5  # of a cell
