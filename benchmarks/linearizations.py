@@ -2,13 +2,16 @@
 
 Prompts, targets, nodes and "off" are those of `tracing.py`; every active feature is set to its mean, one at a time. Predicted by
 
-    plain, frozen, integrated     the three linearisations that `trace` offers
+    plain, frozen, integrated     three of the linearisations that `trace` offers
     norms by halves               plain, but a norm's gradient is the mean of the true one and that with its divisor held still
     next block exactly            the change after one block as that block makes it, then the plain gradient (the last: the answer)
+    grouped                       the fourth, and the default: for a layer's strongest nodes the mean gradient at the two Gauss
+                                  points of their own ways to off, up to eight nodes in one copy of the text
     halfway                       the gradient where the feature is half off: one pass and its gradient for every node
     two points                    the mean gradient at the two Gauss points of that way
 
-The first four cost a gradient for all nodes together; next block one block for each node; the last two more than the measurement.
+The first four cost a gradient for all nodes together; next block one block for each node; grouped at most 32 copies of the text
+with their gradients for each layer; the last two more than the measurement.
 Then the cause: the same effects when every feature goes only half and a quarter of its way.
 """
 
@@ -31,13 +34,15 @@ from throughline.models.structure import norm_follows
 from throughline.run_dir import RunDir
 from throughline.session import Session
 from throughline.tracing.baselines import Baseline, find_baseline
+from throughline.tracing.grouping import plan_copies, refine_effects
 from throughline.tracing.interventions import Nodes, batch_copies, switch_off
-from throughline.tracing.linearizing import LINEARIZATIONS, answer_gradients
+from throughline.tracing.linearizing import Linearization, answer_gradients
 from throughline.tracing.texts import Subject
 
 GAUSS = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
 SHARES = (1.0, 0.5, 0.25)  # of each feature's way to off
-CHEAP = (*LINEARIZATIONS, "norms by halves", "next block exactly")
+ONE_GRADIENT: tuple[Linearization, ...] = ("plain", "frozen", "integrated")
+CHEAP = (*ONE_GRADIENT, "norms by halves", "next block exactly", "grouped")
 WAYS = (*CHEAP, "halfway", "two points")
 
 Found = dict[str, list[np.ndarray]]  # by way or share, predicted over measured of each prompt
@@ -109,7 +114,7 @@ def through_next_block(subject: Subject, nodes: Nodes, following: int, gradient_
 def measure_prompt(subject: Subject) -> dict[str, list[np.ndarray]]:
     """By way and by share: for every traced layer, predicted over measured effects."""
     mean = find_baseline(subject, "mean", None, no_means)
-    gradients = {how: answer_gradients(subject, mean, how) for how in LINEARIZATIONS}
+    gradients = {how: answer_gradients(subject, mean, how) for how in ONE_GRADIENT}
     with halved_norms(subject.model):
         gradients["norms by halves"] = answer_gradients(subject, mean, "plain")
     found: dict[str, list[np.ndarray]] = {}
@@ -123,6 +128,8 @@ def measure_prompt(subject: Subject) -> dict[str, list[np.ndarray]]:
             if following
             else measured
         )
+        plain_NC = torch.from_numpy(predicted["plain"])
+        predicted["grouped"] = refine_effects(subject, nodes, plain_NC, *plan_copies(len(subject.answer.ids))).numpy()
         predicted["halfway"] = at_own_points(subject, nodes, (0.5,))
         predicted["two points"] = at_own_points(subject, nodes, GAUSS)
         pairs = {way: (values, measured) for way, values in predicted.items()}
@@ -196,8 +203,8 @@ def main() -> None:
         f"of the section before, the first {options.prompts} prompts of each model; r (slope), mean over seeds.",
         "",
         *write_table(studies, WAYS, lambda values: f"{values[:, 0].mean():.3f} ({values[:, 1].mean():.2f})"),
-        "The first four take one gradient for all features, the fifth one block for each feature, the last two more than measuring "
-        "does. By layer, first to last, r of:",
+        "The first four take one gradient for all features, the fifth one block for each feature, grouped at most 32 copies of "
+        "the text with their gradients for each layer, the last two more than measuring does. By layer, first to last, r of:",
         "",
         *write_table(
             studies, CHEAP[:1] + CHEAP[3:], lambda values: " ".join(f"{r:.2f}" for r in values[:, 2:].mean(0))

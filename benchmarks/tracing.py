@@ -4,7 +4,8 @@ RUNs of one study with several seeds (`--set training.seed=1`) are one section. 
 operands, a carry, a sum below 100, answered correctly by the model; the same for every seed.
 
     nodes         every active feature at every position of every layer is set to its mean at the same position of 200 other
-                  problems, one at a time; change of each target's score, measured, against plain gradient times change
+                  problems, one at a time; change of each target's score, measured, against what grouped gradients predict (the
+                  default of `trace`) and against plain gradient times change
     edges         the same features, those that the graph keeps; change of the next layer's kept features before selection
     faithfulness  against the no-carry counterfactual, features recomputed, errors the counterfactual's
     carry         features that tell carry from no carry at one place are set to their means without carry; does the model then
@@ -42,7 +43,8 @@ NOTICEABLE = 0.02  # of the answer score
 class Pairs(NamedTuple):
     """Predicted and measured effects of one prompt's nodes of one layer on every target, and the smallest that has a sign."""
 
-    predicted: np.ndarray
+    grouped: np.ndarray
+    plain: np.ndarray
     measured: np.ndarray
     noticeable: float
 
@@ -85,21 +87,23 @@ def no_means(layer: int) -> np.ndarray:
 def measure_prompt(subject: Subject) -> dict[str, Any]:
     """Nodes, edges and faithfulness of one prompt."""
     mean = find_baseline(subject, "mean", None, no_means)
-    graph = build_graph(subject, mean, "plain", 0.8, 24)
+    graph = build_graph(subject, mean, "grouped", 0.8, 24)
     noticeable = NOTICEABLE * abs(float(np.mean(subject.scores)))
     nodes, within, across = {}, [], []
     for layer, mine in graph.layers.items():
         after = [other for other in graph.layers if other > layer][:1]
         effects = switch_off(subject, mine.nodes, graph.layers[after[0]].kept if after else None)
-        nodes[layer] = Pairs(mine.predicted_NC.numpy(), effects.scores_NC.numpy(), noticeable)
+        plain_NC = (mine.nodes.off_N - mine.nodes.own_N)[:, None] * mine.per_unit_NC
+        measured = effects.scores_NC.numpy()
+        nodes[layer] = Pairs(mine.predicted_NC.numpy(), plain_NC.numpy(), measured, noticeable)
         if after:
             kept, above = mine.kept_M, graph.layers[after[0]].kept
             steps = (mine.nodes.off_N - mine.nodes.own_N)[kept][:, None]
             predicted = (steps * graph.boundaries[layer].per_unit.T).numpy()
-            measured, gated = (t[kept].numpy() for t in (effects.linear_NM, effects.activation_NM))
+            linear, gated = (t[kept].numpy() for t in (effects.linear_NM, effects.activation_NM))
             here, there = mine.nodes.positions_N[kept].numpy()[:, None], above.positions_N.numpy()[None]
             for mask, into in ((here == there, within), (here < there, across)):
-                into.append(np.stack([predicted[mask], measured[mask], gated[mask]]))
+                into.append(np.stack([predicted[mask], linear[mask], gated[mask]]))
     return {
         "nodes": nodes,
         "within": np.concatenate(within, axis=1),
@@ -296,29 +300,11 @@ def pearson(pairs: np.ndarray) -> float:
 
 def summarize(found: list[dict[str, Any]]) -> dict[str, Any]:
     """One model and seed: numbers over its prompts."""
-    layers = list(found[0]["nodes"])
-
-    def flat(which: list[dict[str, Any]], layer: int | None = None) -> np.ndarray:
-        parts = [p for f in which for key, p in f["nodes"].items() if layer in (None, key)]
-        return np.stack(
-            [np.concatenate([getattr(p, name).ravel() for p in parts]) for name in ("predicted", "measured")]
-        )
-
-    everything = flat(found)
-    signed = [(p.predicted, p.measured, np.abs(p.measured) > p.noticeable) for f in found for p in f["nodes"].values()]
-    sign = np.concatenate([(np.sign(a) == np.sign(b))[big] for a, b, big in signed])
     within, across = (np.concatenate([f[key] for f in found], axis=1) for key in ("within", "across"))
     sets = [f["faithfulness"] for f in found]
-    shuffled = np.random.default_rng(0).permutation(everything[0])
     return {
-        "nodes r": pearson(everything),
-        "nodes slope": float(everything[0] @ everything[1] / (everything[0] @ everything[0])),
-        "nodes sign": float(sign.mean()),
-        "nodes r median prompt": float(np.median([pearson(flat([f])) for f in found])),
-        "nodes r shuffled": pearson(np.stack([shuffled, everything[1]])),
-        "nodes n": int(everything.shape[1]),
-        "nodes r by layer": [pearson(flat(found, layer)) for layer in layers],
-        "nodes slope by layer": [float(a[0] @ a[1] / (a[0] @ a[0])) for a in (flat(found, layer) for layer in layers)],
+        **{f"{way} {key}": value for way in WAYS for key, value in summarize_nodes(found, way).items()},
+        "nodes n": sum(pairs.measured.size for f in found for pairs in f["nodes"].values()),
         "within r": pearson(within[:2]),
         "across r": pearson(across[:2]),
         "across gated r": pearson(across[::2]),
@@ -327,12 +313,47 @@ def summarize(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-ROWS = (
-    ("nodes r", "Pearson, all nodes"),
-    ("nodes r median prompt", "Pearson, median prompt"),
-    ("nodes slope", "slope"),
-    ("nodes sign", "sign"),
-    ("nodes r shuffled", "r shuffled (null)"),
+def summarize_nodes(found: list[dict[str, Any]], way: str) -> dict[str, Any]:
+    """Effects as predicted by `way` against those measured."""
+
+    def flat(which: list[dict[str, Any]], layer: int | None = None) -> np.ndarray:
+        parts = [p for f in which for key, p in f["nodes"].items() if layer in (None, key)]
+        return np.stack([np.concatenate([getattr(p, name).ravel() for p in parts]) for name in (way, "measured")])
+
+    everything, layers = flat(found), [flat(found, layer) for layer in found[0]["nodes"]]
+    signed = [
+        (getattr(p, way), p.measured, np.abs(p.measured) > p.noticeable) for f in found for p in f["nodes"].values()
+    ]
+    shuffled = np.random.default_rng(0).permutation(everything[0])
+    return {
+        "r": pearson(everything),
+        "slope": slope(everything),
+        "sign": float(np.concatenate([(np.sign(a) == np.sign(b))[big] for a, b, big in signed]).mean()),
+        "r median prompt": float(np.median([pearson(flat([f])) for f in found])),
+        "r shuffled": pearson(np.stack([shuffled, everything[1]])),
+        "r by layer": [pearson(pairs) for pairs in layers],
+        "slope by layer": [slope(pairs) for pairs in layers],
+    }
+
+
+def slope(pairs: np.ndarray) -> float:
+    """Of the second row on the first, through the origin."""
+    return float(pairs[0] @ pairs[1] / (pairs[0] @ pairs[0]))
+
+
+WAYS = ("grouped", "plain")
+NODES = tuple(
+    (f"{way} {key}", f"{words}{of}")
+    for key, words in (
+        ("r", "Pearson, all nodes"),
+        ("r median prompt", "Pearson, median prompt"),
+        ("slope", "slope"),
+        ("sign", "sign"),
+        ("r shuffled", "r shuffled (null)"),
+    )
+    for way, of in zip(WAYS, ("", ", plain"), strict=True)
+)
+EDGES = (
     ("within r", "edges within a position"),
     ("across r", "edges between positions"),
     ("across gated r", "the same after selection"),
@@ -378,20 +399,23 @@ def write_results(study: str, results: dict[str, list[dict[str, Any]]], num_prom
     effects = ", ".join(f"{model} {np.mean([n['nodes n'] for n in found]):,.0f}" for model, found in results.items())
     edges = ", ".join(f"{model} {np.mean([n['across n'] for n in found]):,.0f}" for model, found in results.items())
     layers = [
-        f"- {model}: " + ", ".join(f"{r:.2f}" for r in np.mean([n["nodes r by layer"] for n in found], axis=0))
-        + "; slopes " + ", ".join(f"{r:.2f}" for r in np.mean([n["nodes slope by layer"] for n in found], axis=0))
-        for model, found in results.items()
+        f"- {model}, {way}: " + ", ".join(f"{r:.2f}" for r in np.mean([n[f"{way} r by layer"] for n in found], axis=0))
+        + "; slopes " + ", ".join(f"{r:.2f}" for r in np.mean([n[f"{way} slope by layer"] for n in found], axis=0))
+        for model, found in results.items() for way in WAYS
     ]  # fmt: skip
     return [
         f"`python benchmarks/tracing.py RUNS --prompts {num_prompts} --write` on runs of `examples/{study}.yaml` with "
         f"training.seed 0 to {seeds - 1}; {hardware_and_date()}. {num_prompts} held-out additions with a carry and a sum below 100 "
         f"that the model answers correctly; mean over {seeds} seeds (range).",
         "",
-        "Predicted by the plain gradient against measured: every active feature set to its mean at the same position of other "
-        f"problems, one at a time (effects on answer tokens, by seed: {effects}); edges to kept features of the next layer "
-        f"(between positions: {edges}).",
+        "Predicted by grouped gradients, the default of `trace`, and by the plain gradient, against measured: every active feature "
+        "set to its mean at the same position of other problems, one at a time (effects on answer tokens, by seed: "
+        f"{effects}). Wanted of the first: r at least 0.95, slope 0.9 to 1.15, signs at least 0.98.",
         "",
-        *write_table(results, ROWS),
+        *write_table(results, NODES),
+        f"Edges, by the plain gradient, to kept features of the next layer (between positions: {edges}), Pearson:",
+        "",
+        *write_table(results, EDGES),
         "Pearson by layer, first to last:",
         "",
         *layers,

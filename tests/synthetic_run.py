@@ -284,7 +284,7 @@ def make_trace(
         off_kind="counterfactual",
         off="its value in 'What is 15 + 24?' (carry: 1 becomes 0)",
         against="What is 15 + 24?",
-        linearization="plain",
+        linearization="grouped",
         layers=layers,
         edges=_make_edges(layers, rng, verified),
         chains=[_make_chain(layers, i, answer, rng, verified) for i in range(2)],

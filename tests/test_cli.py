@@ -503,7 +503,7 @@ def test_a_feature_is_set_by_hand(say, copy):
     ("options", "words"),
     [
         (["--off", "none"], "expected one of mean, counterfactual, zero"),
-        (["--linearization", "curved"], "expected one of plain, frozen, integrated"),
+        (["--linearization", "curved"], "expected one of grouped, plain, frozen, integrated"),
         (["--set", "layer=0,feature=1"], "expected layer=4,feature=237,off"),
         (["--set", "layer=99,feature=1,off"], "layer 99 has no dictionary; there are"),
         (["--set", "layer=0,feature=99999,off"], "has features 0-"),

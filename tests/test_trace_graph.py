@@ -118,10 +118,11 @@ def test_the_planted_graph_is_found_and_nothing_else(planted, how):
         assert weight == pytest.approx(true.get(edge, 0.0), abs=0.01 * largest), edge
 
 
-def test_the_planted_answer_is_explained(planted):
+@pytest.mark.parametrize("how", ["plain", "grouped"])
+def test_the_planted_answer_is_explained(planted, how):
     """Everything the answer owes to each node, against switching it off; and the chains are the two that were built."""
     subject = subject_of(planted, {0: coordinates(), 1: coordinates()}, "red sun blue =", most=1)
-    graph = graph_of(subject)
+    graph = graph_of(subject, how=how)
     last = graph.layers[1]
     per_unit = {
         (int(p), int(f)): float(w)

@@ -212,7 +212,7 @@ def test_effects_are_those_of_reruns(case):
 
 def test_predictions_are_derivatives(case):
     """Central difference of the score along the change, in float64."""
-    trace = read(*case)
+    trace = read(*case, linearization="plain")
     exact = ByHand(case.inputs, trace, deepcopy(case.inputs.model.hf).double())
     for f in features_of(trace):
         step_D, around, h = step_of(case.inputs, f).double(), [], 1e-5
@@ -224,7 +224,7 @@ def test_predictions_are_derivatives(case):
 
 def test_small_changes_do_what_is_predicted(pythia):
     """With means moved close to the activations, measured and predicted effects are the same."""
-    prompt, full = "What is 15 + 27?", read(pythia, "What is 15 + 27?")
+    prompt, full = "What is 15 + 27?", read(pythia, "What is 15 + 27?", linearization="plain")
     for f in features_of(full)[:2]:
         near = f.activation + 0.01 * (f.off_value - f.activation)
         means = pl.when((pl.col("layer") == f.layer) & (pl.col("feature") == f.feature)).then(
@@ -233,7 +233,7 @@ def test_small_changes_do_what_is_predicted(pythia):
         moved = replace(pythia, features=pythia.features.with_columns(role_means=means.otherwise("role_means")))
         small = [
             g
-            for g in features_of(read(moved, prompt, 500, verify=True))
+            for g in features_of(read(moved, prompt, 500, linearization="plain"))
             if g.feature == f.feature and g.layer == f.layer
         ]
         g = next(g for g in small if g.position == f.position)

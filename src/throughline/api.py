@@ -296,7 +296,7 @@ def trace(
     model: str | None = None,
     off: str | None = None,
     against: str | None = None,
-    linearization: str = "plain",
+    linearization: str = "grouped",
     settings: list[str] | None = None,
     verify: bool = True,
     force: bool = False,
@@ -306,8 +306,8 @@ def trace(
     """One prompt followed through every layer of a model.
 
     `off` is mean, counterfactual or zero (None: a counterfactual where one can be made, or else the mean), `against` a
-    counterfactual prompt, `linearization` plain, frozen or integrated, `settings` features set by hand such as
-    "layer=4,feature=237,off" or "layer=4,feature=237,x2".
+    counterfactual prompt, `linearization` grouped, plain, frozen or integrated, `settings` features set by hand such
+    as "layer=4,feature=237,off" or "layer=4,feature=237,x2".
     """
     with _session(run, device, say) as session:
         from throughline import pipeline

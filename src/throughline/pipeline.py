@@ -421,7 +421,7 @@ def trace_options(
     study: Study,
     off: str | None = None,
     against: str | None = None,
-    linearization: str = "plain",
+    linearization: str = "grouped",
     settings: Sequence[str] = (),
     verify: bool = True,
 ) -> TraceOptions:

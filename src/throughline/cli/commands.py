@@ -314,7 +314,7 @@ def trace(
     against: Annotated[
         str | None, typer.Option(help="a counterfactual prompt of as many tokens", show_default=False)
     ] = None,
-    linearization: Annotated[str, typer.Option(help="plain, frozen or integrated")] = "plain",
+    linearization: Annotated[str, typer.Option(help="grouped, plain, frozen or integrated")] = "grouped",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="set a feature: layer=4,feature=237,off (or x2, or =1.5)", show_default=False),

@@ -24,7 +24,7 @@ class TraceRequest(_Request):
     model: ModelName | None = None
     off: Literal["mean", "counterfactual", "zero"] | None = None
     against: Prompt | None = None
-    linearization: Literal["plain", "frozen", "integrated"] = "plain"
+    linearization: Literal["grouped", "plain", "frozen", "integrated"] = "grouped"
     settings: Annotated[list[Setting], Limited(max_length=MOST_SETTINGS)] = []
     verify: bool = True
 

@@ -1,7 +1,8 @@
 """The graph of one prompt: which nodes matter, and what passes from each traced layer to the next.
 
     1. nodes of a layer: features at positions whose value differs from "off", and the reconstruction error at every position
-    2. predicted effect of a node on each target: (off - own) * W_dec . gradient of the target's score (`linearizing`)
+    2. predicted effect of a node on each target: (off - own) * W_dec . gradient of the target's score (`linearizing`); with
+       grouped gradients those of a layer's strongest nodes are taken on their own way to "off" (`grouping`)
     3. a layer keeps the nodes with the largest |effect| (mean over targets) that together carry the chosen share of the layer's
        sum, at most so many
     4. edge a -> b between kept nodes of consecutive traced layers: per unit of a, W_dec[a] . gradient of b's activation at a's
@@ -18,14 +19,16 @@ is that of one boundary at a time: gradients of the kept features of one layer, 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from throughline.pools import spread
 from throughline.tracing.baselines import Baseline
+from throughline.tracing.grouping import plan_copies, refine_effects
 from throughline.tracing.interventions import Nodes
 from throughline.tracing.linearizing import Linearization, answer_gradients, feature_gradients
 from throughline.tracing.texts import Subject
@@ -37,7 +40,7 @@ class LayerNodes:
 
     nodes: Nodes
     predicted_NC: Float[Tensor, "N C"]
-    per_unit_NC: Float[Tensor, "N C"]  # the same for a step of one along each decoder row
+    per_unit_NC: Float[Tensor, "N C"]  # for a step of one along each decoder row, by the gradient at the text
     errors_TC: Float[Tensor, "T C"]  # of the error nodes, if they took their baseline's values
     inputs_TC: Float[Tensor, "T C"]  # error times gradient, for the scores of the graph
     kept_M: Int[Tensor, "M"]
@@ -73,16 +76,20 @@ class Graph:
 def build_graph(subject: Subject, baseline: Baseline, how: Linearization, share: float, most: int) -> Graph:
     """The graph of the subject, with at most `most` nodes kept by layer."""
     gradients = answer_gradients(subject, baseline, how)
-    layers = {layer: _find_nodes(subject, baseline, layer, gradients[layer], share, most) for layer in subject.layers}
+    layers = {layer: _find_nodes(subject, baseline, layer, gradients[layer]) for layer in subject.layers}
+    if how == "grouped":
+        layers = _regroup(subject, layers)
+    layers = {
+        layer: replace(mine, kept_M=choose_share(mine.influence_N, share, most)) for layer, mine in layers.items()
+    }
     pairs = zip(subject.layers, subject.layers[1:], strict=False)
     boundaries = {a: _connect(subject, baseline, how, layers[a], layers[b]) for a, b in pairs}
     return Graph(layers, boundaries)
 
 
 @torch.no_grad()
-def _find_nodes(
-    subject: Subject, baseline: Baseline, layer: int, gradient_CTD: Tensor, share: float, most: int
-) -> LayerNodes:
+def _find_nodes(subject: Subject, baseline: Baseline, layer: int, gradient_CTD: Tensor) -> LayerNodes:
+    """The layer's nodes, all of them kept."""
     own_TF, off_TF = subject.clean.features[layer], baseline.features[layer]
     positions_N, features_N = baseline.nodes(subject, layer).nonzero(as_tuple=True)
     at = (positions_N, features_N)
@@ -98,8 +105,19 @@ def _find_nodes(
         per_unit_NC,
         torch.einsum("td,ctd->tc", change_TD, gradient_CTD),
         torch.einsum("td,ctd->tc", error_TD, gradient_CTD),
-        choose_share(predicted_NC.abs().mean(1), share, most),
+        torch.arange(len(nodes), device=positions_N.device),
     )
+
+
+def _regroup(subject: Subject, layers: Mapping[int, LayerNodes]) -> dict[int, LayerNodes]:
+    """The same with effects by grouped gradients."""
+    num_groups, points = plan_copies(len(subject.answer.ids))
+    _ = subject.past  # found here once, not by each thread
+
+    def refine(mine: LayerNodes) -> LayerNodes:
+        return replace(mine, predicted_NC=refine_effects(subject, mine.nodes, mine.predicted_NC, num_groups, points))
+
+    return dict(zip(layers, spread(refine, layers.values(), subject.model.device), strict=True))
 
 
 def choose_share(influence_N: Float[Tensor, "N"], share: float, most: int) -> Int[Tensor, "M"]:

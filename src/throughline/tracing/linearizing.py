@@ -1,6 +1,8 @@
-"""How effects are predicted: gradients of the answer, and of the next layer's features, by one of three linearisations.
+"""How effects are predicted: gradients of the answer, and of the next layer's features, by one of four linearisations.
 
-    plain        the gradient at the text itself. Predicts best what switching off one feature does.
+    plain        the gradient at the text itself. Right for small changes.
+    grouped      plain, but effects of each layer's strongest features by gradients on their own way to "off" (`grouping`). Predicts
+                 best what switching off one feature does.
     frozen       the same with attention patterns and norm divisors held still (`models.freezing`). Adds up, predicts less well.
     integrated   the mean gradient on the way from the text to the baseline, STEPS points (Sundararajan et al. 2017); for the
                  answer the stream after the first traced layer goes that way and the model runs on from there (EAP-IG, Hanna et
@@ -25,8 +27,8 @@ from throughline.tracing.baselines import Baseline
 from throughline.tracing.interventions import batch_copies
 from throughline.tracing.texts import Subject
 
-Linearization = Literal["plain", "frozen", "integrated"]
-LINEARIZATIONS: tuple[Linearization, ...] = ("plain", "frozen", "integrated")
+Linearization = Literal["grouped", "plain", "frozen", "integrated"]
+LINEARIZATIONS: tuple[Linearization, ...] = ("grouped", "plain", "frozen", "integrated")
 STEPS = 10
 STEPS_BETWEEN = 5  # of features of the next layer
 
@@ -49,7 +51,7 @@ def streams_between(
 
 
 def answer_gradients(subject: Subject, baseline: Baseline, how: Linearization) -> dict[int, Float[Tensor, "C T D"]]:
-    """Gradient of each target's score with respect to the stream after every traced layer."""
+    """Gradient of each target's score with respect to the stream after every traced layer; the plain one for `grouped`."""
     model, answer, layers = subject.model, subject.answer, subject.layers
     first = layers[0]
     starts_STD = streams_between(subject.clean.x[first], stream_of(subject, baseline, first), how, STEPS)

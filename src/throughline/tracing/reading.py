@@ -2,7 +2,8 @@
 
 1. the model answers; every token of the answer is a target (`answer`)
 2. "off" is settled: a counterfactual prompt, the mean at the same kind of position, or zero (`baselines`)
-3. the graph: predicted effects of all nodes on the targets, and edges between those that matter (`graph`, `linearizing`)
+3. the graph: predicted effects of all nodes on the targets, and edges between those that matter (`graph`, `linearizing`,
+   `grouping`)
 4. the nodes of largest influence are shown, and the strongest chains of them (`chains`)
 5. verification: every shown node is switched off in the real model, as is a random one beside it; edges, chains and the
    faithfulness of the most influential nodes are measured too (`interventions`, `verifying`, `faithfulness`)
@@ -38,7 +39,7 @@ class TraceOptions:
     most_answer_tokens: int = 8
     off: OffKind | None = None  # None: a counterfactual where one can be made, or else the mean
     against: str | None = None  # a counterfactual prompt
-    linearization: Linearization = "plain"
+    linearization: Linearization = "grouped"
     share: float = 0.8  # of each layer's influence that the kept nodes carry
     most_nodes: int = 24  # kept per layer
     num_chains: int = 3  # per target
