@@ -1972,10 +1972,10 @@ export interface components {
             against?: string | null;
             /**
              * Linearization
-             * @default plain
+             * @default grouped
              * @enum {string}
              */
-            linearization: "plain" | "frozen" | "integrated";
+            linearization: "grouped" | "plain" | "frozen" | "integrated";
             /**
              * Settings
              * @default []
