@@ -266,8 +266,8 @@ def _pack_labels(
     scores = ("f1", "precision", "recall", "base_f1", "neuron_f1", "untrained_f1", "balanced_accuracy", "fuzzing")
     joined = joined.with_columns(pl.col(scores).round(3))
     words = ("label", "source", "measure")
-    columns = {name: joined[name].to_list() for name in PackedLabels.model_fields if name not in words}
-    return PackedLabels(**columns, **{name: strings.column(joined[name].to_list()) for name in words})
+    columns = {name: joined[name].to_list() for name in PackedLabels.model_fields}
+    return PackedLabels.model_validate(columns | {name: strings.column(columns[name]) for name in words})
 
 
 def _order_contexts(features: pl.DataFrame, examples: pl.DataFrame | None) -> list[pl.DataFrame]:
