@@ -10,6 +10,7 @@ import http.client
 import itertools
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from throughline.records import (
     TransferInfo,
     TransferResult,
 )
+from throughline.report.bundle import render_page
+from throughline.report.contents import collect
 from throughline.run_dir import RunDir
 from throughline.study import parse_study
 
@@ -168,6 +171,54 @@ def measure(port: int, path: str, num_clients: int, num_requests: int) -> list[f
         return sorted(seconds for mine in pool.map(one, range(num_clients)) for seconds in mine)
 
 
+FRAMES = """async (steps) => {
+  const map = document.querySelector('[role=application]'), box = map.getBoundingClientRect(), times = [];
+  let before = performance.now();
+  for (let i = 0; i < steps; i++) {
+    const zoom = i < steps / 2 ? -40 : 40;
+    const at = {clientX: box.x + box.width * (0.3 + 0.4 * i / steps), clientY: box.y + box.height / 2};
+    map.dispatchEvent(new WheelEvent('wheel', {...at, deltaY: zoom, bubbles: true, cancelable: true}));
+    await new Promise(requestAnimationFrame);
+    const now = performance.now();
+    times.push(now - before);
+    before = now;
+  }
+  return times;
+}"""
+
+
+def measure_browser(port: int) -> None:
+    """First view, searches and zooming, as a browser sees them."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+        page = browser.new_page(viewport={"width": 1280, "height": 720})
+        for name in ("first view", "first view again"):
+            page.goto(f"http://127.0.0.1:{port}/#/overview")
+            page.wait_for_selector("table tbody tr")
+            shown = page.evaluate("performance.now()")
+            loaded = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+            print(
+                f"{name:18} table {shown - loaded:.0f} ms after the page was loaded, {shown:.0f} after it was asked for"
+            )
+            page.goto("about:blank")
+        page.goto(f"http://127.0.0.1:{port}/#/features")
+        for word in ("word77", "word123 ", "before a number", "zzz"):
+            page.get_by_label("Label or token").fill(word)
+            page.wait_for_timeout(1500)
+            told = page.inner_text("p[role=status]")
+            print(f"search {word!r:18} {told}")
+        page.goto(f"http://127.0.0.1:{port}/#/transfer/matching")
+        page.wait_for_selector("[role=application]")
+        page.wait_for_timeout(2000)
+        frames = np.array(page.evaluate(FRAMES, 120))
+        p50, p95 = np.percentile(frames, (50, 95))
+        print(f"zooming 98 x 98    a frame every {p50:.1f} ms, p95 {p95:.1f}, longest {frames.max():.1f}")
+        browser.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -193,12 +244,17 @@ def main() -> None:
                 f"p95 {1000 * p95[0]:6.1f}; {options.clients} clients median {1000 * statistics.median(together):6.1f}, "
                 f"p95 {1000 * p95[1]:6.1f}"
             )
+        if shutil.which("chromium"):
+            measure_browser(port)
         status = Path(f"/proc/{process.pid}/status")
         if status.exists():
             print(re.search(r"VmRSS.*", status.read_text())[0], f"on {os.cpu_count()} cores")  # pyright: ignore
     finally:
         process.terminate()
         process.wait()
+    began = time.perf_counter()
+    page = render_page(run.study().name, collect(run))
+    print(f"the report: {len(page.encode()) / 1e6:.1f} MB, {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

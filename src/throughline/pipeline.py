@@ -51,11 +51,13 @@ from throughline.throughlines import find_throughlines
 from throughline.tokens import encode_prompt, take_documents
 from throughline.tracing import (
     Prompt,
+    Tell,
     TraceInputs,
     TraceOptions,
     check_prompt,
     check_prompts,
     read_prompts,
+    tell_nobody,
     trace_prompt,
 )
 from throughline.tracing.baselines import OFF_KINDS
@@ -386,9 +388,14 @@ class _Side:
 
 
 def trace(
-    session: Session, prompt: str, model: str | None, force: bool = False, options: TraceOptions | None = None
+    session: Session,
+    prompt: str,
+    model: str | None,
+    force: bool = False,
+    options: TraceOptions | None = None,
+    tell: Tell = tell_nobody,
 ) -> Trace:
-    """One prompt in one model; saved in the run."""
+    """One prompt in one model; saved in the run. `tell` is told of its steps."""
     check_prompt(prompt)
     name = session.study.model(model).name
     session.require_gate(force)
@@ -409,6 +416,7 @@ def trace(
         prompt,
         options or trace_options(session.study),
         expected=solve(prompt),
+        tell=tell,
     )
     if (
         found.verification is not None and found.steering is None
@@ -455,12 +463,18 @@ def compare(
     models: list[str] | None = None,
     force: bool = False,
     options: TraceOptions | None = None,
+    tell: Tell = tell_nobody,
 ) -> Comparison:
     """One prompt in several models, side by side; saved in the run with the traces it was made from."""
     check_prompt(prompt)
     names, matches = _to_compare(session, models)
     _check_prompts(session, names, [Prompt("the prompt", prompt)])
-    traces = {name: trace(session, prompt, name, force, options) for name in names}
+    traces = {
+        name: trace(
+            session, prompt, name, force, options, lambda doing, *steps, name=name: tell(f"{doing} in {name}", *steps)
+        )
+        for name in names
+    }
     readings = {name: _read_prompts(session, name, [prompt])[0] for name in names}
     comparison = compare_traces(traces, readings, matches, _labels(session, names), list_facts(prompt))
     session.run.write_comparison(comparison)

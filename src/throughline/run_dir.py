@@ -60,6 +60,7 @@ COMMANDS = {
     "throughlines": "report",
 }  # that make them
 TWIN = "seed_"  # how the folder of a twin begins
+ROW_GROUP = 8192  # rows of a table that are read together: of one feature only those of its layer, or a part of them
 CHECKPOINTS, DRIVER, CLAIM = "checkpoints", "driver.json", "claim.json"
 IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
 PARTS = {  # of a run that are made one after another, and may be made again while somebody reads
@@ -370,7 +371,7 @@ class RunDir:
         assert table in TABLES, table
         relative = f"models/{folder_name(model)}/{table}.parquet"
         with self._replacing(relative) as temporary:
-            frame.write_parquet(temporary)
+            frame.write_parquet(temporary, row_group_size=ROW_GROUP)
         return relative
 
     def has_table(self, model: str, table: str) -> bool:

@@ -63,7 +63,7 @@ def job_routes(reader: RunReader, queue: JobQueue, streams: Streams) -> APIRoute
 
     @router.delete("/jobs/{key}")
     def cancel(key: str) -> JobAnswer:
-        """Cancel a job that waits (409 if it does not wait any more)."""
+        """Cancel a job that waits, or that runs: then it ends at its next step (409 if it has ended)."""
         return queue.cancel(key)
 
     return router

@@ -1,7 +1,7 @@
 """Traces and comparisons as jobs: one queue, one thread that works, and results kept by what was asked.
 
 1. a job's id is a digest of the request and of all that its result is made from, so the same request is the same job
-2. it waits in a queue of bounded length; only while it waits can it be cancelled
+2. it waits in a queue of bounded length; it can be cancelled while it waits, and while it runs at its next step
 3. one thread does one job after another (`working`); nobody who reads waits for it
 4. what happens is appended to the job's events, which any number of streams follow
 """
@@ -24,6 +24,10 @@ from throughline.views.refusals import RefusedError
 logger = logging.getLogger(__name__)
 ENDED = ("done", "failed", "cancelled")
 USUAL_SECONDS = 5.0  # a job takes, before any was done
+
+
+class _CancelledError(Exception):
+    """Ends the work on a job that somebody cancelled."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Job:
     step: int = 0
     num_steps: int = 0
     error: str | None = None
+    is_unwanted: bool = False  # cancelled while it ran: it ends at its next step
     result: bytes | None = None  # JSON
     events: list[Event] = field(default_factory=list)
 
@@ -101,7 +106,7 @@ class JobQueue:
         key = digest_key(kind, request.model_dump(mode="json"), made_from)
         with self._changed:
             known = self._jobs.get(key)
-            if known is not None and known.phase not in ("failed", "cancelled"):
+            if known is not None and known.phase not in ("failed", "cancelled") and not known.is_unwanted:
                 self._jobs.move_to_end(key)
                 return self._answer(known), False
             if len(self._waiting) >= self._limits.queued:
@@ -133,11 +138,14 @@ class JobQueue:
             return self._answer(job)
 
     def cancel(self, key: str) -> JobAnswer:
-        """Take a job out of the queue; RefusedError 409 if it is not there any more."""
+        """Take a job out of the queue, or end it at its next step if it runs; RefusedError 409 if it has ended."""
         job = self.get(key)
         with self._changed:
-            if job.phase != "queued":
-                raise RefusedError(409, f"the job is {job.phase}; only one that waits can be cancelled")
+            if job.phase in ENDED:
+                raise RefusedError(409, f"the job is {job.phase}; only one that waits or runs can be cancelled")
+            if job.phase == "running":
+                job.is_unwanted = True
+                return self._answer(job)
             self._waiting.remove(job)
             job.phase = "cancelled"
             job.note("cancelled")
@@ -206,6 +214,8 @@ class JobQueue:
                 worker = worker or self._make_worker()
                 result = worker.do(job, partial(self._tell, job))
                 self._end(job, "done", result=result)
+            except _CancelledError:
+                self._end(job, "cancelled")
             except ThroughlineError as error:
                 self._end(job, "failed", error=self._redact(str(error)))
             except Exception:  # the next job is none the worse
@@ -214,6 +224,8 @@ class JobQueue:
 
     def _tell(self, job: Job, doing: str, step: int, num_steps: int) -> None:
         with self._changed:
+            if job.is_unwanted:
+                raise _CancelledError
             job.doing, job.step, job.num_steps = doing, step, num_steps
             job.note("progress", doing=doing, step=step, num_steps=num_steps)
 

@@ -10,8 +10,7 @@ from throughline.run_dir import RunDir
 from throughline.serving.jobs import Job
 from throughline.serving.requests import CompareRequest, TraceRequest
 from throughline.session import Session
-
-Tell = Callable[[str, int, int], None]
+from throughline.tracing import Tell
 
 
 class Tracer:
@@ -23,25 +22,22 @@ class Tracer:
         self._opened = ""
 
     def do(self, job: Job, tell: Tell) -> bytes:
-        """A trace or a comparison as JSON; ThroughlineError if the request cannot be met.
+        """A trace or a comparison as JSON; ThroughlineError if the request cannot be met. What `tell` raises ends it.
 
         Dictionaries that failed the gate are traced with if the run's owner insisted on that before (`--force`).
         """
         session, request, force = self._current(), job.request, self._run.info().forced
         if isinstance(request, TraceRequest):
             name = session.study.model(request.model).name
-            self._open(session, [name], tell, num_steps=2)
-            tell(f"tracing in {name}", 2, 2)
+            self._open(session, [name], tell)
             options = pipeline.trace_options(
                 session.study, request.off, request.against, request.linearization, request.settings, request.verify
             )
-            return pipeline.trace(session, request.prompt, name, force, options).model_dump_json().encode()
+            return pipeline.trace(session, request.prompt, name, force, options, tell).model_dump_json().encode()
         assert isinstance(request, CompareRequest)
         names = request.models or [spec.name for spec in session.study.models]
-        num_steps = len(names) + 1
-        self._open(session, names, tell, num_steps)
-        tell(f"comparing {len(names)} models", num_steps, num_steps)
-        return pipeline.compare(session, request.prompt, names, force).model_dump_json().encode()
+        self._open(session, names, tell)
+        return pipeline.compare(session, request.prompt, names, force, tell=tell).model_dump_json().encode()
 
     def let_go(self) -> None:
         """Give the memory of models and dictionaries back."""
@@ -58,9 +54,9 @@ class Tracer:
             self._session, self._opened = Session(self._run, choose_device(self._device)), now
         return self._session
 
-    def _open(self, session: Session, names: list[str], tell: Tell, num_steps: int) -> None:
+    def _open(self, session: Session, names: list[str], tell: Tell) -> None:
         session.require_gate(self._run.info().forced)  # before anything large is read
         for step, name in enumerate(names, 1):
-            tell(f"opening {name}", step, num_steps)
+            tell(f"opening {name}", step, len(names))
             session.model(name)
             session.dictionaries(name)

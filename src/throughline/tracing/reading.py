@@ -9,7 +9,7 @@
    faithfulness of the most influential nodes are measured too (`interventions`, `verifying`, `faithfulness`)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +47,20 @@ class TraceOptions:
     settings: tuple[Setting, ...] = ()  # features set by hand
 
 
-def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expected: str | None = None) -> Trace:
+Tell = Callable[[str, int, int], None]  # what is done now, the number of that step, and how many there are
+
+
+def tell_nobody(doing: str, step: int, num_steps: int) -> None:
+    """Take no notice."""
+
+
+def trace_prompt(
+    inputs: TraceInputs, prompt: str, options: TraceOptions, expected: str | None = None, tell: Tell = tell_nobody
+) -> Trace:
     """The layered reading of `prompt`.
 
-    Special tokens are not read. Raises InputError if the prompt is empty or does not fit the model's context, or if the baseline
-    asked for cannot be had.
+    Special tokens are not read. `tell` is told of each step before it begins; what it raises ends the trace. Raises InputError if
+    the prompt is empty or does not fit the model's context, or if the baseline asked for cannot be had.
     """
     model = inputs.model
     check_prompt(prompt)
@@ -62,10 +71,19 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
     baseline = find_baseline(subject, options.off, options.against, inputs.role_means)
     if baseline.others_C is not None:
         subject = subject.held_against(baseline.others_C)
+    num_steps = 2 + (len(subject.layers) + 1 if options.verify else 0)
+    tell("predicting effects", 1, num_steps)
     graph = build_graph(subject, baseline, options.linearization, options.share, options.most_nodes)
     shown = choose_shown(inputs, prompt, graph, options.num_features, options.verify)
     if options.verify:
-        shown = {layer: measure_shown(subject, graph, layer, mine) for layer, mine in shown.items()}
+        for step, layer in enumerate(subject.layers, 2):
+            tell(f"switching features of layer {layer} off", step, num_steps)
+            shown[layer] = measure_shown(subject, graph, layer, shown[layer])
+        tell("measuring how faithful the strongest nodes are", num_steps - 1, num_steps)
+        verification = verify(subject, baseline, graph, shown, inputs.seed)
+    else:
+        verification = None
+    tell("following chains", num_steps, num_steps)
     scores = subject.scores
     text = spell(model, answer.prompt_ids, answer.answer_ids)
     return Trace(
@@ -87,7 +105,7 @@ def trace_prompt(inputs: TraceInputs, prompt: str, options: TraceOptions, expect
         layers=[_read_layer(inputs, subject, graph, layer, shown[layer]) for layer in subject.layers],
         edges=_list_edges(graph, shown),
         chains=tell_chains(inputs, subject, graph, options.num_chains, options.verify),
-        verification=verify(subject, baseline, graph, shown, inputs.seed) if options.verify else None,
+        verification=verification,
         steering=steer(inputs, subject, baseline, options.settings) if options.settings else None,
         forced=inputs.forced,
         notes=_notes(subject, text, expected),

@@ -328,7 +328,7 @@ export interface paths {
         post?: never;
         /**
          * Cancel
-         * @description Cancel a job that waits (409 if it does not wait any more).
+         * @description Cancel a job that waits, or that runs: then it ends at its next step (409 if it has ended).
          */
         delete: operations["cancel_api_jobs__key__delete"];
         options?: never;
