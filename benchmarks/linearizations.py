@@ -129,7 +129,7 @@ def measure_prompt(subject: Subject) -> dict[str, list[np.ndarray]]:
             else measured
         )
         plain_NC = torch.from_numpy(predicted["plain"])
-        predicted["grouped"] = refine_effects(subject, nodes, plain_NC, *plan_copies(len(subject.answer.ids))).numpy()
+        predicted["grouped"] = refine_effects(subject, nodes, plain_NC, plan_copies(len(subject.answer.ids))).numpy()
         predicted["halfway"] = at_own_points(subject, nodes, (0.5,))
         predicted["two points"] = at_own_points(subject, nodes, GAUSS)
         pairs = {way: (values, measured) for way, values in predicted.items()}

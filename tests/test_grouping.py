@@ -18,9 +18,10 @@ from throughline.tracing.baselines import find_baseline
 from throughline.tracing.graph import Graph, build_graph
 from throughline.tracing.grouping import (
     FEWEST_GROUPS,
-    MIDDLE,
+    LONG,
     MOST_GROUPS,
     POINTS,
+    Plan,
     deal_groups,
     plan_copies,
     refine_effects,
@@ -82,13 +83,13 @@ def error_of(predicted_NC: Tensor, subject: Subject, nodes: Nodes) -> float:
 @pytest.mark.parametrize("layer", range(3))
 def test_groups_of_one_take_each_nodes_own_gradient(tiny, layer):
     mine = graph_of(tiny, "plain").layers[layer]
-    found = refine_effects(tiny, mine.nodes, mine.predicted_NC, num=10**6, size=1, points=MIDDLE)
-    two = refine_effects(tiny, mine.nodes, mine.predicted_NC, num=10**6, size=1, points=POINTS)
+    found = refine_effects(tiny, mine.nodes, mine.predicted_NC, Plan(10**6, 1, (0.5,)))
+    two = refine_effects(tiny, mine.nodes, mine.predicted_NC, Plan(10**6, 1))
     for i in range(len(mine.nodes)):
         torch.testing.assert_close(found[i], gradient_at(tiny, mine.nodes, i, 0.5), atol=1e-4, rtol=1e-3)
         each = [gradient_at(tiny, mine.nodes, i, point) for point in (0.2113249, 0.7886751)]
         torch.testing.assert_close(two[i], (each[0] + each[1]) / 2, atol=1e-4, rtol=1e-3)
-    at_the_text = refine_effects(tiny, mine.nodes, mine.predicted_NC, num=3, points=(0.0,))
+    at_the_text = refine_effects(tiny, mine.nodes, mine.predicted_NC, Plan(3, points=(0.0,)))
     torch.testing.assert_close(at_the_text, mine.predicted_NC, atol=1e-4, rtol=1e-3)
 
 
@@ -96,18 +97,18 @@ def test_groups_of_one_take_each_nodes_own_gradient(tiny, layer):
 def test_many_points_of_ones_own_way_are_the_measurement(tiny, layer):
     mine = graph_of(tiny, "plain").layers[layer]
     points = tuple((i + 0.5) / 64 for i in range(64))
-    found = refine_effects(tiny, mine.nodes, mine.predicted_NC, num=10**6, size=1, points=points)
+    found = refine_effects(tiny, mine.nodes, mine.predicted_NC, Plan(10**6, 1, points))
     torch.testing.assert_close(found, switch_off(tiny, mine.nodes).scores_NC, atol=2e-3, rtol=2e-3)
 
 
 def test_only_the_strongest_are_in_groups(tiny):
     mine = graph_of(tiny, "plain").layers[0]
-    found = refine_effects(tiny, mine.nodes, mine.predicted_NC, num=3, size=2, points=POINTS)
+    found = refine_effects(tiny, mine.nodes, mine.predicted_NC, Plan(3, 2))
     order = mine.influence_N.argsort(descending=True, stable=True)
     assert torch.equal(found[order[6:]], mine.predicted_NC[order[6:]])
     assert (found[order[:6]] != mine.predicted_NC[order[:6]]).any(1).all()
     none = mine.nodes.select(order[:0])
-    assert refine_effects(tiny, none, mine.predicted_NC[:0], 3, POINTS).shape == (0, mine.predicted_NC.shape[1])
+    assert refine_effects(tiny, none, mine.predicted_NC[:0], Plan(3)).shape == (0, mine.predicted_NC.shape[1])
 
 
 def test_companions_are_moved_too(tiny):
@@ -115,7 +116,7 @@ def test_companions_are_moved_too(tiny):
     mine = graph_of(tiny, "plain").layers[1]
     order = mine.influence_N.argsort(descending=True, stable=True)
     a, b = int(order[0]), int(order[1])
-    found = refine_effects(tiny, mine.nodes, mine.predicted_NC, num=1, size=2, points=MIDDLE)
+    found = refine_effects(tiny, mine.nodes, mine.predicted_NC, Plan(1, 2, (0.5,)))
     other = mine.nodes.select(torch.tensor([b]))
     x_TD = tiny.clean.x[1].clone()
     x_TD[other.positions_N[0]] += 0.5 * other.steps(tiny)[0]
@@ -156,11 +157,11 @@ def test_strong_nodes_are_dealt_apart():
 
 
 def test_long_texts_have_fewer_groups():
-    plans = [plan_copies(tokens) for tokens in (2, 7, 16, 32, 33, 64, 1024)]
-    counts = [num for num, _ in plans]
+    plans = [plan_copies(tokens) for tokens in (2, 7, 16, 21, 22, 64, 1024)]
+    counts = [plan.num for plan in plans]
     assert counts == sorted(counts, reverse=True)
-    assert counts[0] == MOST_GROUPS and counts[-1] == FEWEST_GROUPS
-    assert [points for _, points in plans] == [POINTS] * 4 + [MIDDLE] * 3
+    assert counts[0] == MOST_GROUPS and counts[3] == FEWEST_GROUPS
+    assert plans[4:] == [LONG] * 3 and all(plan.points == POINTS for plan in plans[:4])
 
 
 def test_traces_are_by_grouped_gradients():

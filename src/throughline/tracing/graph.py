@@ -111,11 +111,11 @@ def _find_nodes(subject: Subject, baseline: Baseline, layer: int, gradient_CTD: 
 
 def _regroup(subject: Subject, layers: Mapping[int, LayerNodes]) -> dict[int, LayerNodes]:
     """The same with effects by grouped gradients."""
-    num_groups, points = plan_copies(len(subject.answer.ids))
+    plan = plan_copies(len(subject.answer.ids))
     _ = subject.past  # found here once, not by each thread
 
     def refine(mine: LayerNodes) -> LayerNodes:
-        return replace(mine, predicted_NC=refine_effects(subject, mine.nodes, mine.predicted_NC, num_groups, points))
+        return replace(mine, predicted_NC=refine_effects(subject, mine.nodes, mine.predicted_NC, plan))
 
     return dict(zip(layers, spread(refine, layers.values(), subject.model.device), strict=True))
 

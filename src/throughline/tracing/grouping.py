@@ -14,9 +14,11 @@ one copy serves a whole group:
 
 What members do to each other is the error, small because a strong node's companions are weak; without steps 1 and 2 it is several
 times as large. A node whose effect the plain gradient does not see at all is in no group. Copies are computed from their first
-changed position on. The longer the text the fewer groups; where two points are too many for the fewest groups, it is the middle of
-the way alone.
+changed position on. The longer the text the fewer groups; where even the fewest cost too much, they are smaller, and it is the
+middle of the way alone.
 """
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,16 +28,25 @@ from throughline.tracing.interventions import Nodes, batch_by_position, run_copi
 from throughline.tracing.texts import Subject
 
 POINTS = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
-MIDDLE = (0.5,)
-SIZE = 8  # nodes of a group
-MOST_GROUPS, FEWEST_GROUPS = 16, 4
+MOST_GROUPS, FEWEST_GROUPS = 16, 6
 TOKENS_OF_A_LAYER = 256  # in all its copies at two points
 
 
-def plan_copies(num_tokens: int) -> tuple[int, tuple[float, ...]]:
-    """How many groups a layer has for a text of so many tokens, and the points of their copies."""
+class Plan(NamedTuple):
+    """How many groups a layer has, of how many nodes, and at which points of their ways."""
+
+    num: int
+    size: int = 8
+    points: tuple[float, ...] = POINTS
+
+
+LONG = Plan(num=4, size=4, points=(0.5,))  # for texts of which even the fewest groups are too much
+
+
+def plan_copies(num_tokens: int) -> Plan:
+    """The groups of each layer for a text of so many tokens."""
     num = min(MOST_GROUPS, TOKENS_OF_A_LAYER // (len(POINTS) * num_tokens))
-    return (num, POINTS) if num >= FEWEST_GROUPS else (FEWEST_GROUPS, MIDDLE)
+    return Plan(num) if num >= FEWEST_GROUPS else LONG
 
 
 def deal_groups(strength_N: Float[Tensor, "N"], positions_N: Int[Tensor, "N"], num: int, size: int) -> list[list[int]]:
@@ -55,16 +66,9 @@ def deal_groups(strength_N: Float[Tensor, "N"], positions_N: Int[Tensor, "N"], n
     return groups
 
 
-def refine_effects(
-    subject: Subject,
-    nodes: Nodes,
-    plain_NC: Float[Tensor, "N C"],
-    num: int,
-    points: tuple[float, ...],
-    size: int = SIZE,
-) -> Float[Tensor, "N C"]:
-    """Effects of one layer's nodes on each target: by `num` groups for the strongest, `plain_NC` for the others."""
-    groups = deal_groups(plain_NC.abs().mean(1), nodes.positions_N, num, size)
+def refine_effects(subject: Subject, nodes: Nodes, plain_NC: Float[Tensor, "N C"], plan: Plan) -> Float[Tensor, "N C"]:
+    """Effects of one layer's nodes on each target: by groups for the strongest, `plain_NC` for the others."""
+    groups = deal_groups(plain_NC.abs().mean(1), nodes.positions_N, plan.num, plan.size)
     if not groups:
         return plain_NC
     begins_G = torch.stack([nodes.positions_N[group].min() for group in groups])
@@ -73,7 +77,9 @@ def refine_effects(
         some = [groups[g] for g in batch.tolist()]
         members_M = [node for group in some for node in group]
         rows_M = torch.tensor([row for row, group in enumerate(some) for _ in group], device=plain_NC.device)
-        refined_NC[members_M] = _run_groups(subject, nodes.select(torch.tensor(members_M)), rows_M, len(some), points)
+        refined_NC[members_M] = _run_groups(
+            subject, nodes.select(torch.tensor(members_M)), rows_M, len(some), plan.points
+        )
     return refined_NC
 
 
