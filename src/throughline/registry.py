@@ -6,9 +6,10 @@
 Nothing is imported before it is asked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -48,7 +49,13 @@ class Registry:
         return found
 
     def _entry_points(self) -> list[Any]:
-        return list(entry_points(group=f"throughline.{self.kind.replace(' ', '_')}s"))
+        return _find(entry_points, f"throughline.{self.kind.replace(' ', '_')}s")
+
+
+@cache
+def _find(installed: Callable[..., Any], group: str) -> list[Any]:
+    """Entry points of a group. All of what is installed is read for it, and it stays the same while a process lives."""
+    return list(installed(group=group))
 
 
 def unknown(kind: str, name: object, known: list[str]) -> str:

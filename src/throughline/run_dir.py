@@ -118,7 +118,8 @@ class RunDir:
         """The resolved study."""
         import yaml
 
-        return parse_study(yaml.safe_load(self.read_text("study.yaml")), self.storage.name("study.yaml"))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
+        return parse_study(yaml.load(self.read_text("study.yaml"), loader), self.storage.name("study.yaml"))
 
     def info(self) -> RunInfo:
         """Versions, hardware and times."""
@@ -386,6 +387,10 @@ class RunDir:
             return complete_labels(found) if table == "labels" else found
         except pl.exceptions.PolarsError as error:
             raise self._damaged(relative, error) from error
+
+    def table_bytes(self, model: str, table: str) -> int:
+        """How large a table's file is."""
+        return (self.root / self._table_file(model, table)).stat().st_size
 
     def scan_table(self, model: str, table: str) -> pl.LazyFrame:
         """The same, checked now and read as far as is asked, for tables that are larger than what one wants of them."""

@@ -20,6 +20,7 @@ from throughline.serving.job_routes import job_routes
 from throughline.serving.jobs import JobQueue, Limits, Worker
 from throughline.serving.reading_routes import reading_routes
 from throughline.serving.streaming import Streams
+from throughline.serving.workers import TracingProcess
 from throughline.views.answers import Refusal
 from throughline.views.reading import RunReader
 from throughline.views.refusals import RefusedError
@@ -55,9 +56,7 @@ class Serving:
         self.queue.stop()
 
     def _make_worker(self) -> Worker:
-        from throughline.serving.working import Tracer
-
-        return Tracer(self.run, self.device, self.reader.fingerprint)
+        return TracingProcess(self.run.place, self.device, self.reader.fingerprint)
 
 
 def build_app(serving: Serving) -> ASGIApp:

@@ -2,7 +2,7 @@
 
 1. a job's id is a digest of the request and of all that its result is made from, so the same request is the same job
 2. it waits in a queue of bounded length; it can be cancelled while it waits, and while it runs at its next step
-3. one thread does one job after another (`working`); nobody who reads waits for it
+3. one thread has one job after another done by a process of its own (`workers`); nobody who reads waits for it
 4. what happens is appended to the job's events, which any number of streams follow
 """
 
@@ -22,11 +22,12 @@ from throughline.views.answers import JobAnswer, JobKind, JobPhase
 from throughline.views.refusals import RefusedError
 
 logger = logging.getLogger(__name__)
+Tell = Callable[[str, int, int], None]  # what is done now, the number of that step, and how many there are
 ENDED = ("done", "failed", "cancelled")
 USUAL_SECONDS = 5.0  # a job takes, before any was done
 
 
-class _CancelledError(Exception):
+class CancelledJobError(Exception):
     """Ends the work on a job that somebody cancelled."""
 
 
@@ -75,12 +76,12 @@ class Job:
 class Worker(Protocol):
     """Who does jobs."""
 
-    def do(self, job: Job, tell: Callable[[str, int, int], None]) -> bytes:
-        """The result as JSON; `tell` is told what it is at, the number of that step and how many there are."""
+    def do(self, job: Job, tell: Tell) -> bytes:
+        """The result as JSON; `tell` is told of each step, and what it raises ends the job."""
         ...
 
     def let_go(self) -> None:
-        """Nothing was to do for a while: models go."""
+        """Nothing is to do for a while, or ever: models go."""
         ...
 
 
@@ -206,7 +207,7 @@ class JobQueue:
                         worker.let_go()
                         worker = None
                 if self._stopping:
-                    return
+                    break
                 job = self._waiting.popleft()
                 job.phase, job.began = "running", time.time()
                 job.note("running")
@@ -214,18 +215,20 @@ class JobQueue:
                 worker = worker or self._make_worker()
                 result = worker.do(job, partial(self._tell, job))
                 self._end(job, "done", result=result)
-            except _CancelledError:
+            except CancelledJobError:
                 self._end(job, "cancelled")
             except ThroughlineError as error:
                 self._end(job, "failed", error=self._redact(str(error)))
             except Exception:  # the next job is none the worse
                 logger.exception("job %s failed", job.id)
                 self._end(job, "failed", error="the server failed at this job; its log says why")
+        if worker is not None:
+            worker.let_go()
 
     def _tell(self, job: Job, doing: str, step: int, num_steps: int) -> None:
         with self._changed:
-            if job.is_unwanted:
-                raise _CancelledError
+            if job.is_unwanted or self._stopping:
+                raise CancelledJobError
             job.doing, job.step, job.num_steps = doing, step, num_steps
             job.note("progress", doing=doing, step=step, num_steps=num_steps)
 

@@ -1,9 +1,13 @@
-"""Addresses that read. Their functions are run in threads, so that a large table read for one user delays no other."""
+"""Addresses that read. Their functions are run in threads, so that a large table read for one user delays no other.
+
+Answers are of their types when they are made, so they are sent as they are and not checked once more on their way out.
+"""
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel
 
 from throughline.records import Analysis, Comparison, ComparisonTotals, Trace, TransferInfo
 from throughline.serving.events import follow_status
@@ -34,16 +38,26 @@ Counts = Annotated[list[Count], Query(max_length=512)]
 Limit = Annotated[int, Query(ge=1, le=200)]
 
 
+def send(answer: BaseModel | list[Any]) -> Response:
+    """An answer, or a list of them, as JSON."""
+    body = (
+        answer.model_dump_json()
+        if isinstance(answer, BaseModel)
+        else f"[{','.join(map(BaseModel.model_dump_json, answer))}]"
+    )
+    return Response(body, media_type="application/json")
+
+
 def reading_routes(reader: RunReader, relations: Relations, streams: Streams) -> APIRouter:
     """The run as the API shows it."""
     router = APIRouter(prefix="/api")
 
-    @router.get("/overview")
-    def overview() -> Overview:
+    @router.get("/overview", response_model=Overview)
+    def overview() -> Response:
         """Models, quality and what the run was made from."""
-        return reader.overview()
+        return send(reader.overview())
 
-    @router.get("/features")
+    @router.get("/features", response_model=FeaturePage)
     def features(
         q: Text = "",
         model: Names = [],  # noqa: B006
@@ -57,76 +71,76 @@ def reading_routes(reader: RunReader, relations: Relations, streams: Streams) ->
         descending: bool = True,
         offset: Count = 0,
         limit: Limit = 50,
-    ) -> FeaturePage:
+    ) -> Response:
         """Features whose label or top tokens have `q` in them, by model, layer, density and score."""
         models = tuple(reader.model(name) for name in model)
         query = FeatureQuery(
             q, models, tuple(layer), min_density, max_density, min_f1, labelled, source, sort, descending, offset, limit
         )
         found = reader.index.find(query)
-        return FeaturePage(total=found.total, offset=offset, features=found.rows)
+        return send(FeaturePage(total=found.total, offset=offset, features=found.rows))
 
-    @router.get("/feature")
-    def feature(model: Name, layer: Count, feature: Count) -> FeatureAnswer:
+    @router.get("/feature", response_model=FeatureAnswer)
+    def feature(model: Name, layer: Count, feature: Count) -> Response:
         """One feature: statistics, labels, contexts, promoted tokens, partners and its throughline."""
-        return relations.feature(model, layer, feature)
+        return send(relations.feature(model, layer, feature))
 
-    @router.get("/transfers")
-    def transfers() -> list[TransferInfo]:
+    @router.get("/transfers", response_model=list[TransferInfo])
+    def transfers() -> Response:
         """What transfer results there are."""
-        return reader.transfers.get()
+        return send(reader.transfers.get())
 
-    @router.get("/transfer")
-    def transfer(metric: Name, source: Name, target: Name) -> TransferAnswer:
+    @router.get("/transfer", response_model=TransferAnswer)
+    def transfer(metric: Name, source: Name, target: Name) -> Response:
         """One result: value, null and ceiling by source layer (rows) and target layer (columns)."""
-        return relations.transfer(metric, source, target)
+        return send(relations.transfer(metric, source, target))
 
-    @router.get("/pairs")
+    @router.get("/pairs", response_model=PairPage)
     def pairs(
         source: Name, target: Name, source_layer: Count, target_layer: Count, offset: Count = 0, limit: Limit = 50
-    ) -> PairPage:
+    ) -> Response:
         """The features behind one cell of `matching`, the best correlated first."""
-        return relations.pairs(source, target, source_layer, target_layer, offset, limit)
+        return send(relations.pairs(source, target, source_layer, target_layer, offset, limit))
 
-    @router.get("/analysis")
-    def analysis() -> Analysis:
+    @router.get("/analysis", response_model=Analysis)
+    def analysis() -> Response:
         """What the matrices say, in sentences, curves and ribbons."""
-        return reader.analysis()
+        return send(reader.analysis())
 
-    @router.get("/traces")
-    def traces() -> list[TraceRow]:
+    @router.get("/traces", response_model=list[TraceRow])
+    def traces() -> Response:
         """The traces kept in the run."""
-        return reader.traces()
+        return send(reader.traces())
 
-    @router.get("/traces/{key}")
-    def trace(key: str) -> Trace:
+    @router.get("/traces/{key}", response_model=Trace)
+    def trace(key: str) -> Response:
         """One of them."""
-        return reader.trace(key)
+        return send(reader.trace(key))
 
-    @router.get("/comparisons")
-    def comparisons() -> list[ComparisonRow]:
+    @router.get("/comparisons", response_model=list[ComparisonRow])
+    def comparisons() -> Response:
         """The comparisons kept in the run."""
-        return reader.comparisons()
+        return send(reader.comparisons())
 
-    @router.get("/comparisons/{key}")
-    def comparison(key: str) -> Comparison:
+    @router.get("/comparisons/{key}", response_model=Comparison)
+    def comparison(key: str) -> Response:
         """One of them."""
-        return reader.comparison(key)
+        return send(reader.comparison(key))
 
-    @router.get("/totals")
-    def totals() -> list[ComparisonTotals]:
+    @router.get("/totals", response_model=list[ComparisonTotals])
+    def totals() -> Response:
         """The comparisons over many prompts."""
-        return reader.totals()
+        return send(reader.totals())
 
-    @router.get("/training")
-    def training() -> list[TrainingCurve]:
+    @router.get("/training", response_model=list[TrainingCurve])
+    def training() -> Response:
         """What training measured so far, layer by layer."""
-        return reader.training()
+        return send(reader.training())
 
-    @router.get("/status")
-    def status() -> StatusAnswer:
+    @router.get("/status", response_model=StatusAnswer)
+    def status() -> Response:
         """Where training is, as `throughline status` says it."""
-        return reader.status()
+        return send(reader.status())
 
     @router.get("/status/events", response_class=StreamingResponse, responses=EVENTS)
     async def status_events() -> StreamingResponse:

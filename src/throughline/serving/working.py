@@ -1,57 +1,66 @@
-"""What the working thread does: the only module of `serving` that needs torch, so it is imported there and not before."""
+"""The process that traces: the only module of `serving` that needs torch, and it is run, never imported, by the server.
 
-import gc
+`python -m throughline.serving.working RUN [DEVICE]` reads one request a line and writes what becomes of it, both as JSON:
+
+    <- {"kind": "trace", "request": {…}, "made_from": "…"}
+    -> {"tell": ["switching features of layer 3 off", 5, 9]}        before each step; goes on when it reads "go", ends it at "stop"
+    -> {"result": "…"}  or  {"refused": "a sentence"}  or  {"failed": "a traceback"}  or  {"stopped": true}
+
+A process of its own, since the interpreter lock would make everybody who reads wait for whoever traces; it yields to the server
+(nice), gives all of its memory back when it is ended, and takes nobody with it if it is killed. It ends when its input does.
+"""
+
+import json
+import os
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from typing import Any, TextIO
 
 from throughline import pipeline
 from throughline.api import choose_device
+from throughline.errors import ThroughlineError
 from throughline.run_dir import RunDir
-from throughline.serving.jobs import Job
 from throughline.serving.requests import CompareRequest, TraceRequest
 from throughline.session import Session
 from throughline.tracing import Tell
+
+NICENESS = 10
+
+
+class _StoppedError(Exception):
+    """Somebody cancelled the job."""
 
 
 class Tracer:
     """Traces prompts with what one session has open, and opens another when the run has changed."""
 
-    def __init__(self, run: RunDir, device: str | None, fingerprint: Callable[[], str]) -> None:
-        self._run, self._device, self._fingerprint = run, device, fingerprint
+    def __init__(self, run: RunDir, device: str | None) -> None:
+        self._run, self._device = run, device
         self._session: Session | None = None
-        self._opened = ""
+        self._made_from = ""
 
-    def do(self, job: Job, tell: Tell) -> bytes:
+    def do(self, request: TraceRequest | CompareRequest, made_from: str, tell: Tell) -> str:
         """A trace or a comparison as JSON; ThroughlineError if the request cannot be met. What `tell` raises ends it.
 
         Dictionaries that failed the gate are traced with if the run's owner insisted on that before (`--force`).
         """
-        session, request, force = self._current(), job.request, self._run.info().forced
+        session, force = self._current(made_from), self._run.info().forced
         if isinstance(request, TraceRequest):
             name = session.study.model(request.model).name
             self._open(session, [name], tell)
             options = pipeline.trace_options(
                 session.study, request.off, request.against, request.linearization, request.settings, request.verify
             )
-            return pipeline.trace(session, request.prompt, name, force, options, tell).model_dump_json().encode()
-        assert isinstance(request, CompareRequest)
+            return pipeline.trace(session, request.prompt, name, force, options, tell).model_dump_json()
         names = request.models or [spec.name for spec in session.study.models]
         self._open(session, names, tell)
-        return pipeline.compare(session, request.prompt, names, force, tell=tell).model_dump_json().encode()
+        return pipeline.compare(session, request.prompt, names, force, tell=tell).model_dump_json()
 
-    def let_go(self) -> None:
-        """Give the memory of models and dictionaries back."""
-        self._session = None
-        gc.collect()
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-    def _current(self) -> Session:
-        now = self._fingerprint()
-        if self._session is None or now != self._opened:
-            self.let_go()
-            self._session, self._opened = Session(self._run, choose_device(self._device)), now
+    def _current(self, made_from: str) -> Session:
+        if self._session is None or made_from != self._made_from:
+            self._session = None  # its memory goes before another's is taken
+            self._session, self._made_from = Session(self._run, choose_device(self._device)), made_from
         return self._session
 
     def _open(self, session: Session, names: list[str], tell: Tell) -> None:
@@ -60,3 +69,47 @@ class Tracer:
             tell(f"opening {name}", step, len(names))
             session.model(name)
             session.dictionaries(name)
+
+
+def answer(tracer: Tracer, asked: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """What becomes of one request."""
+    kind = TraceRequest if asked["kind"] == "trace" else CompareRequest
+    try:
+        return {"result": tracer.do(kind.model_validate(asked["request"]), asked["made_from"], tell)}
+    except _StoppedError:
+        return {"stopped": True}
+    except ThroughlineError as error:
+        return {"refused": str(error)}
+    except Exception:  # the next request is none the worse
+        return {"failed": traceback.format_exc()}
+
+
+def work(tracer: Tracer, requests: TextIO, answers: TextIO) -> None:
+    """Answer until there are no more requests."""
+
+    def say(value: dict[str, Any]) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    def tell(doing: str, step: int, num_steps: int) -> None:
+        say({"tell": [doing, step, num_steps]})
+        if requests.readline().strip() != "go":  # "stop", or the server is gone
+            raise _StoppedError
+
+    while line := requests.readline():
+        say(answer(tracer, json.loads(line), tell))
+
+
+def main() -> None:
+    """Work on standard input and output."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which then ends this
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    place, *device = sys.argv[1:]
+    work(Tracer(RunDir.open(place), device[0] if device else None), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

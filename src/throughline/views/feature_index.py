@@ -7,6 +7,7 @@
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Literal, NamedTuple
@@ -105,14 +106,16 @@ class FeatureIndex:
                 self._found.popitem(last=False)
         return rows
 
-    def name(self, model: str, layer: int, features: list[int]) -> list[FeatureName]:
-        """Features of one layer as others speak of them, in the order asked for."""
+    def name(self, places: Sequence[tuple[str, int, int]]) -> list[FeatureName]:
+        """Features, by model, layer and number, as others speak of them, in the order asked for."""
+        rows = [self._row(*place) for place in places]
+        known = self.frame[[row for row in rows if row is not None]].iter_rows(named=True)
+        return [_name(*place, None if row is None else next(known)) for place, row in zip(places, rows, strict=True)]
+
+    def _row(self, model: str, layer: int, feature: int) -> int | None:
         start, num = self._layers.get((model, layer), (0, 0))
-        there = self._numbers[start : start + num]
-        places = np.minimum(np.searchsorted(there, features), max(num - 1, 0))
-        rows = [int(start + i) for i, f in zip(places, features, strict=True) if num and there[i] == f]
-        known = {row["feature"]: row for row in self.frame[rows].iter_rows(named=True)}
-        return [_name(model, layer, feature, known.get(feature)) for feature in features]
+        row = start + int(np.searchsorted(self._numbers[start : start + num], feature))
+        return row if row < start + num and self._numbers[row] == feature else None
 
     def _order(self, sort: str, descending: bool) -> tuple[np.ndarray, np.ndarray]:
         """The rows in an order, and the place of each row in it.

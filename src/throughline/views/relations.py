@@ -12,6 +12,7 @@ import polars as pl
 from safetensors import safe_open
 
 from throughline.records import PARTS, TOKEN_KINDS, TransferInfo, complete_labels, rank_labels, reaches
+from throughline.run_dir import RunDir
 from throughline.views.answers import (
     Context,
     FeatureAnswer,
@@ -28,6 +29,7 @@ from throughline.views.refusals import RefusedError, unknown_thing
 
 ROLES = [f"{kind} in the {part}" for part in PARTS for kind in TOKEN_KINDS]
 MATCHING = "matching"
+MOST_KEPT_BYTES = 16_000_000  # of a table's file that is kept in memory
 
 
 class Cell(NamedTuple):
@@ -86,8 +88,7 @@ class Relations:
     def _table(self, model: str, table: str) -> pl.LazyFrame | None:
         run, key = self._run, (model, table)
         if key not in self._tables:
-            scan = lambda: run.scan_table(model, table) if run.has_table(model, table) else None  # noqa: E731
-            self._tables[key] = Fresh(lambda: run.stamp("tables"), scan)
+            self._tables[key] = Fresh(lambda: run.stamp("tables"), lambda: _open_table(run, model, table))
         return self._tables[key].get()
 
     def _labels(self, model: str, layer: int, feature: int) -> list[ScoredLabel]:
@@ -103,7 +104,7 @@ class Relations:
 
     def _partners(self, model: str, layer: int, feature: int) -> list[Partner]:
         """The best match in every layer of every model that was matched with this one."""
-        partners = []
+        places, measured = [], []
         for info in self._reader.transfers.get():
             if (info.metric, info.source) != (MATCHING, model) or layer not in info.source_layers:
                 continue
@@ -119,11 +120,13 @@ class Relations:
                     continue
                 if (info.target, there, int(matched[column])) == (model, layer, feature):
                     continue  # itself
-                name = self._reader.index.name(info.target, there, [int(matched[column])])[0]
-                correlation, threshold = float(correlations[column]), float(thresholds[column])
-                above = correlation > threshold
-                partners.append(Partner(partner=name, correlation=correlation, threshold=threshold, above_chance=above))
-        return partners
+                places.append((info.target, there, int(matched[column])))
+                measured.append((float(correlations[column]), float(thresholds[column])))
+        names = self._reader.index.name(places)
+        return [
+            Partner(partner=name, correlation=r, threshold=threshold, above_chance=r > threshold)
+            for name, (r, threshold) in zip(names, measured, strict=True)
+        ]
 
     def _throughline(self, model: str, layer: int, feature: int) -> Throughline | None:
         found, table = self._rows(model, "throughlines", layer, feature), self._table(model, "throughlines")
@@ -137,7 +140,7 @@ class Relations:
             birth=own["birth"],
             death=own["death"],
             family=own.get("family"),
-            features=[index.name(model, n, [f])[0] for n, f in members.select("layer", "feature").iter_rows()],
+            features=index.name([(model, n, f) for n, f in members.select("layer", "feature").iter_rows()]),
         )
 
     # ---- pairs of layers
@@ -161,8 +164,8 @@ class Relations:
         with self.open(info) as arrays:
             cell = self.cell(arrays, row, column)
         page, index = slice(offset, offset + limit), self._reader.index
-        sources = index.name(source, source_layer, cell.sources[page].tolist())
-        targets = index.name(target, target_layer, cell.targets[page].tolist())
+        sources = index.name([(source, source_layer, f) for f in cell.sources[page].tolist()])
+        targets = index.name([(target, target_layer, f) for f in cell.targets[page].tolist()])
         rows = zip(sources, targets, cell.correlations[page].tolist(), strict=True)
         return PairPage(
             total=len(cell.sources),
@@ -199,6 +202,14 @@ class Relations:
             self._files[key] = Fresh(lambda: run.stamp("transfer"), lambda: run.transfer_file(info))
         with safe_open(self._files[key].get(), framework="numpy") as arrays:
             yield arrays
+
+
+def _open_table(run: RunDir, model: str, table: str) -> pl.LazyFrame | None:
+    """A table of which parts are read: from memory if it is small. None if the run has none."""
+    if not run.has_table(model, table):
+        return None
+    size = run.table_bytes(model, table)
+    return run.table(model, table).lazy() if size <= MOST_KEPT_BYTES else run.scan_table(model, table)
 
 
 def _place(kind: str, layer: int, layers: Sequence[int]) -> int:
