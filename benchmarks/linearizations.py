@@ -178,8 +178,8 @@ def write_table(studies: dict[str, list[dict]], ways: Sequence[str], cell: Calla
 
 def shape_of(place: str) -> str:
     """`288 features, 20 active`: what the study asks of most layers."""
-    spec = RunDir.open(place).study().dictionary
-    return f"{spec.d_sae} features, {spec.k} active"
+    study = RunDir.open(place).study()
+    return f"{study.name}: {study.dictionary.d_sae} features, {study.dictionary.k} active"
 
 
 def main() -> None:
@@ -198,8 +198,8 @@ def main() -> None:
         options.out.write_text(json.dumps(studies))
     seeds = min(len(found) for found in studies.values())
     lines = [
-        f"`python benchmarks/linearizations.py RUNS --prompts {options.prompts} --write` on runs of `examples/zoo-transfer.yaml` "
-        f"and `examples/zoo-tracing.yaml`, training.seed 0 to {seeds - 1}; {hardware_and_date()}. The prompts, nodes and effects "
+        f"`python benchmarks/linearizations.py RUNS --prompts {options.prompts} --write` on runs of these studies of `examples/`, "
+        f"training.seed 0 to {seeds - 1}; {hardware_and_date()}. The prompts, nodes and effects "
         f"of the section before, the first {options.prompts} prompts of each model; r (slope), mean over seeds.",
         "",
         *write_table(studies, WAYS, lambda values: f"{values[:, 0].mean():.3f} ({values[:, 1].mean():.2f})"),
