@@ -112,9 +112,9 @@ def paths_of(port: int) -> list[str]:
 
 
 def memory_of(pid: int) -> float:
-    """MiB that a process and its children hold."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    held = [re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{one}/status").read_text()) for one in (pid, *map(int, children))]
+    """MiB that a process and its children, whichever thread began them, hold."""
+    children = [int(n) for task in Path(f"/proc/{pid}/task").iterdir() for n in (task / "children").read_text().split()]
+    held = [re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{one}/status").read_text()) for one in (pid, *children)]
     return sum(int(found[1]) for found in held if found) / 1024
 
 

@@ -65,6 +65,7 @@ CHECKPOINTS, DRIVER, CLAIM = "checkpoints", "driver.json", "claim.json"
 IMPORTED = "imported "  # how the key of a dictionary begins that was not trained here
 PARTS = {  # of a run that are made one after another, and may be made again while somebody reads
     "study": "study.yaml",
+    "info": "run.json",
     "steps": f"{MANIFEST}/*.json",
     "quality": "models/*/layer_*/quality.json",
     "tables": "models/*/*.parquet",
@@ -84,6 +85,7 @@ class RunDir:
         """`root` is a folder, or a URL as a string. InputError if nothing that is installed opens such a URL."""
         self.storage = open_storage(root)
         self.root, self.place = self.storage.root, self.storage.place
+        self._known_traces: dict[str, tuple[tuple[int, int], Any]] = {}  # by file: when it was read, and what was in it
 
     # ---- the run itself
 
@@ -467,7 +469,7 @@ class RunDir:
 
     def traces(self) -> list[Trace]:
         """All saved traces of this version, in a fixed order."""
-        return [self.read_record(name, Trace) for name in self._trace_files() if not self._is_outdated(name)]
+        return self._read_traces(self._trace_files(), Trace)
 
     def _trace_files(self) -> list[str]:
         return [
@@ -482,7 +484,7 @@ class RunDir:
 
     def comparisons(self) -> list[Comparison]:
         """All saved comparisons of traces of this version, in a fixed order."""
-        return [self.read_record(name, Comparison) for name in self._comparison_files() if not self._is_outdated(name)]
+        return self._read_traces(self._comparison_files(), Comparison)
 
     def _comparison_files(self) -> list[str]:
         return list(self.storage.glob("traces/compare-*.json"))
@@ -490,6 +492,18 @@ class RunDir:
     def outdated_traces(self) -> list[str]:
         """Files of traces and comparisons that another version of throughline made, which `traces` and `comparisons` leave out."""
         return [name for name in (*self._trace_files(), *self._comparison_files()) if self._is_outdated(name)]
+
+    def _read_traces(self, names: list[str], kind: type[R]) -> list[R]:
+        """Those of this version. A file is read once while it stays the same: a run that is served gains traces one by one."""
+        found = []
+        for name in names:
+            self.storage.fetch(name)
+            status = (self.root / name).stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            if self._known_traces.get(name, (None,))[0] != stamp:
+                self._known_traces[name] = (stamp, None if self._is_outdated(name) else self.read_record(name, kind))
+            found.append(self._known_traces[name][1])
+        return [record for record in found if record is not None]
 
     def _is_outdated(self, relative: str) -> bool:
         """True if it has a trace of another version than `Trace`; False of what cannot be read, which `read_record` names."""

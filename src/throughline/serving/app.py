@@ -19,6 +19,7 @@ from throughline.serving.guarding import FAILED, NO_CONTENT_POLICY, Guard
 from throughline.serving.job_routes import job_routes
 from throughline.serving.jobs import JobQueue, Limits, Worker
 from throughline.serving.reading_routes import reading_routes
+from throughline.serving.remembering import Remembering
 from throughline.serving.streaming import Streams
 from throughline.serving.workers import TracingProcess
 from throughline.views.answers import Refusal
@@ -64,7 +65,7 @@ def build_app(serving: Serving) -> ASGIApp:
     app = _make_api(serving)
     _serve_page(app, serving)
     _tell_errors(app, serving.redact)
-    return Guard(app, serving.access)
+    return Guard(Remembering(app, serving.reader.state), serving.access)
 
 
 def describe_api() -> dict[str, Any]:

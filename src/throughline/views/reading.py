@@ -1,5 +1,6 @@
 """What is read of a run. Names are looked up among those the run has, and never become paths."""
 
+import time
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from throughline.views.feature_index import FeatureIndex, load_index
 from throughline.views.fresh import Fresh
 from throughline.views.refusals import RefusedError, unknown_thing
 
+PARTS = ("study", "steps", "quality", "tables", "transfer", "analysis", "traces", "journals")
 MEASURES = ("loss", "l0", "fvu", "dead")
 CURVE_POINTS = 200  # of a layer's training that are told, at most
 
@@ -46,6 +48,7 @@ class RunReader:
         self._quality = Fresh(lambda: run.stamp("study", "steps", "quality"), lambda: _read_quality(run))
         self._steps = Fresh(lambda: run.stamp("steps"), run.manifest)
         self._training = Fresh(lambda: run.stamp("study", "journals"), lambda: _read_training(run))
+        self._state = Fresh(lambda: run.stamp(*PARTS, "info"), lambda: time.monotonic_ns())
         self.transfers = Fresh(lambda: run.stamp("transfer"), run.transfers)
 
     @property
@@ -68,6 +71,10 @@ class RunReader:
     def fingerprint(self) -> str:
         """Changes with anything that a trace is made from."""
         return self._made_from.get()
+
+    def state(self) -> int:
+        """Changes with anything that is read here, but for where training is."""
+        return self._state.get()
 
     def overview(self) -> Overview:
         """The run: facts, models, quality."""
