@@ -425,8 +425,11 @@ def test_a_run_without_results_says_what_makes_them(tmp_path):
 def test_what_the_run_gains_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("throughline.views.fresh.LOOK_SECONDS", 0.0)
     run = build_run(tmp_path / "run", parts=("quality", "tables"))
-    with served(Serving(run)) as client:
+    with served(serving := Serving(run)) as client:
         assert client.get("/api/traces") == []
+        with monkeypatch.context() as patched:
+            patched.setattr(serving.reader, "traces", None)  # not asked for what was answered already
+            assert client.get("/api/traces") == []
         run.write_trace(make_trace(MODELS[0], "What is 4321 + 1234?"))
         assert [row["prompt"] for row in client.get("/api/traces")] == ["What is 4321 + 1234?"]
 
@@ -680,6 +683,34 @@ def test_a_job_that_cannot_be_done_says_why_and_may_be_asked_again(tracing):
 def _result(client: Client, job: dict[str, Any]) -> Any:
     assert client.finish(job)["phase"] == "done"
     return client.get(f"/api/jobs/{job['id']}/result")
+
+
+def find_tracing_process() -> int:
+    """The process id of what this process started to trace."""
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            if b"serving.working" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+    raise AssertionError("nothing traces")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are found by what Linux tells of them")
+def test_a_tracing_process_that_is_killed_takes_its_job_alone(tracing):
+    def ask(prompt: str) -> dict[str, Any]:
+        return tracing.ask("POST", "/api/traces", {"prompt": prompt, "model": "zoo/gpt2"}).value
+
+    assert tracing.finish(ask("What is 11 + 22?"))["phase"] == "done"
+    os.kill(find_tracing_process(), signal.SIGKILL)  # while nothing is to do: nobody notices
+    assert tracing.finish(ask("What is 12 + 22?"))["phase"] == "done"
+    job, process = ask("What is 13 + 22?"), find_tracing_process()
+    for name, *_ in tracing.events(f"/api/jobs/{job['id']}/events"):
+        if name == "progress":
+            os.kill(process, signal.SIGKILL)
+            break
+    ended = tracing.finish(job)
+    assert ended["phase"] == "failed" and "the process that traces was ended" in ended["error"]
+    assert tracing.get("/api/overview")
+    assert tracing.finish(ask("What is 13 + 22?"))["phase"] == "done"
 
 
 def test_jobs_wait_in_turn_and_one_that_waits_can_be_cancelled(made_up):

@@ -26,8 +26,14 @@ class TracingProcess:
 
     def do(self, job: Job, tell: Tell) -> bytes:
         """The result as JSON; ThroughlineError if the request cannot be met, or if the process is lost."""
+        was_there = self._process is not None
         asked = {"kind": job.kind, "request": job.request.model_dump(mode="json"), "made_from": self._fingerprint()}
-        found = self._ask(json.dumps(asked))
+        try:
+            found = self._ask(json.dumps(asked))
+        except ThroughlineError:
+            if not was_there:
+                raise
+            found = self._ask(json.dumps(asked))  # it was lost while nothing was to do: another is started
         while "tell" in found:
             try:
                 tell(*found["tell"])
