@@ -134,14 +134,8 @@ export const server: Source = {
   transfer: (metric, source, target) =>
     get<Answers<"transfer_api_transfer_get">>("transfer", { metric, source, target }),
   pairs: (query: PairQuery) => get<Answers<"pairs_api_pairs_get">>("pairs", query),
-  analysis: async () => {
-    try {
-      return await get<Analysis>("analysis");
-    } catch (error) {
-      if (error instanceof AskError && error.status === 404) return null;
-      throw error;
-    }
-  },
+  // Asked for only where there is one: a browser complains of every address that has no answer.
+  analysis: async () => ((await server.overview()).has_analysis ? get<Analysis>("analysis") : null),
   traces: () => get<Answers<"traces_api_traces_get">>("traces"),
   trace: (id) => get<Trace>(`traces/${encodeURIComponent(id)}`),
   comparisons: () => get<Answers<"comparisons_api_comparisons_get">>("comparisons"),
