@@ -96,7 +96,7 @@ class CompiledLayer:
         prefix_F = np.searchsorted(self._ends_P, np.arange(d_sae), side="right")
         self._first_row_F = prefix_F.astype(np.int64) * course.batch_tokens
         self._scale, self._idle_F = self._a["scale"][()], self._a["idle"]
-        self._dead_after = course.dead_after_of(group)
+        self._dead_after = float(course.dead_after_of(group))
         moments = [self._a[f"{name}.{which}"] for name in ("W_enc", "b_enc", "W_dec") for which in "mv"]
         encoder = (self._a["W_enc"], self._rounded.view(torch.int16).numpy(), self._a["b_enc"])
         self._trained = (*encoder, self._a["W_dec"], *moments)
@@ -145,7 +145,7 @@ class CompiledLayer:
         adam_S = np.stack([self._adam(step + i) for i in range(num_steps)])
         codes = (s.starts_R, s.counts_R, s.features_A, s.values_A, s.slopes_A)
         by_feature = (s.starts_F, s.token_A, s.row_A, s.value_A, s.slope_A)
-        done, loss, error, num_codes, self._guess = kernels.steps_topk(
+        done, loss, error, num_codes, guess = kernels.steps_topk(
             chunk_CD,
             order_C,
             a["mean"],
@@ -165,6 +165,7 @@ class CompiledLayer:
             (a["b_dec"], a["b_dec.m"], a["b_dec.v"]),
             self._idle_F,
         )
+        self._guess = np.float32(guess)  # a float, as it comes back, would have everything compiled once more
         if not math.isfinite(loss):
             raise NonFiniteLoss(self.group.layers[0], self.group.twin, step + min(done, num_steps - 1), loss)
         self._after_step(step + num_steps - 1, num_codes, math.inf, s)
@@ -200,7 +201,7 @@ class CompiledLayer:
         if self.name == "topk":
             assert k is not None
             codes = (s.starts_R, s.counts_R, s.features_A, s.values_A)
-            self._guess = kernels.select_topk(s.pre_NF, b_enc_F, k, self._guess, *codes)
+            self._guess = np.float32(kernels.select_topk(s.pre_NF, b_enc_F, k, self._guess, *codes))
             return int(s.counts_R[:N].sum()), math.inf
         if k is None:
             return self._select_above(np.float32(0), s), math.inf

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from throughline.training.lanes import FAST, LANES, count_above, entries_above, keep_above, narrow, number
+from throughline.training.lanes import COMPILED, LANES, count_above, entries_above, keep_above, narrow, number
 
 MOST_GUESSES = 12  # of the limit of a row; what is too much then goes one by one
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def gather(chunk_CD: Any, order_N: Any, mean_D: Any, scale: Any, x_ND: Any, rounded_ND: Any) -> None:
     """x = scale * (chunk[order] - mean), and the same as bfloat16 if `rounded_ND` has rows."""
     for n in range(len(order_N)):
@@ -36,7 +36,7 @@ def gather(chunk_CD: Any, order_N: Any, mean_D: Any, scale: Any, x_ND: Any, roun
             _round(x_D, rounded_ND[n])
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+@njit(**COMPILED, inline="always")
 def _round(from_D: Any, to_D: Any) -> None:
     """Numbers as bfloat16."""
     for d in range(len(from_D)):
@@ -46,7 +46,7 @@ def _round(from_D: Any, to_D: Any) -> None:
 # ---- codes
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def _top_of_row(
     row_F: Any, bias_F: Any, k: int, guess: Any, index_A: Any, value_A: Any, features_K: Any, values_K: Any
 ) -> Any:
@@ -98,14 +98,14 @@ def _top_of_row(
     return kept, (least if kept == k else zero)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+@njit(**COMPILED, inline="always")
 def _follow(guess: Any, least: Any) -> Any:
     """Where the next row begins to look: well below where rows end, for one that ends too low is looked at twice."""
     wanted = np.float32(0.7) * least
     return wanted if guess == np.float32(0) or wanted < guess else guess + np.float32(0.1) * (wanted - guess)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def select_topk(
     pre_NF: Any, b_enc_F: Any, k: int, guess: Any, starts_R: Any, counts_R: Any, features_A: Any, values_A: Any
 ) -> Any:
@@ -122,7 +122,7 @@ def select_topk(
     return guess
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def select_dead(
     pre_NF: Any,
     b_enc_F: Any,
@@ -159,7 +159,7 @@ def select_dead(
     return start
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def select_above(
     pre_NF: Any, b_enc_F: Any, limit: Any, starts_R: Any, counts_R: Any, features_A: Any, values_A: Any
 ) -> int:
@@ -176,7 +176,7 @@ def select_above(
     return start
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def keep_largest(
     num: int, wanted: int, starts_R: Any, counts_R: Any, num_rows: int, features_A: Any, values_A: Any
 ) -> Any:
@@ -205,7 +205,7 @@ def keep_largest(
 # ---- gradients
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+@njit(**COMPILED, inline="always")
 def _add_rows(out_D: Any, rows: Any, index_A: Any, weight_A: Any, first: int, last: int) -> None:
     """out += sum of weight * row over entries first to last, four rows at a time: fewer reads and writes of `out`."""
     a = first
@@ -223,7 +223,7 @@ def _add_rows(out_D: Any, rows: Any, index_A: Any, weight_A: Any, first: int, la
         a += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+@njit(**COMPILED, inline="always")
 def _dot(a_D: Any, b_D: Any) -> Any:
     total = np.float32(0)
     for d in range(len(a_D)):
@@ -231,7 +231,7 @@ def _dot(a_D: Any, b_D: Any) -> Any:
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+@njit(**COMPILED, inline="always")
 def _dots(a_D: Any, rows: Any, index_A: Any, first: int, last: int, out_A: Any) -> None:
     """out = <a, row> for entries first to last, four at a time: fewer reads of `a`, and sums that do not wait for each other."""
     a = first
@@ -250,7 +250,7 @@ def _dots(a_D: Any, rows: Any, index_A: Any, first: int, last: int, out_A: Any) 
         a += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def decode(
     x_ND: Any,
     W_dec_FD: Any,
@@ -284,7 +284,7 @@ def decode(
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def decode_nested(
     x_ND: Any,
     W_dec_FD: Any,
@@ -338,7 +338,7 @@ def decode_nested(
     return last_total, total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**COMPILED)
 def transpose(
     num_rows: int,
     num_tokens: int,
@@ -382,7 +382,7 @@ def transpose(
 # ---- Adam
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+@njit(**COMPILED, inline="always")
 def _descend(g_D: Any, w_D: Any, m_D: Any, v_D: Any, adam: Any) -> None:
     """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; w -= rate * m / (sqrt(v) * root + epsilon), in place.
 
@@ -397,7 +397,7 @@ def _descend(g_D: Any, w_D: Any, m_D: Any, v_D: Any, adam: Any) -> None:
         w_D[d] -= rate * m / (np.sqrt(v) * root + epsilon)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def update(
     x_ND: Any,
     G_RD: Any,
@@ -458,7 +458,7 @@ def update(
     _descend(to_bias_F, b_enc_F, m_bias_F, v_bias_F, adam)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def update_bias(G_ND: Any, b_dec_D: Any, m_D: Any, v_D: Any, adam: Any) -> None:
     """Adam for b_dec, whose gradient is the sum of G over the batch."""
     gradient_D = np.zeros(len(b_dec_D), np.float32)
@@ -471,7 +471,7 @@ def update_bias(G_ND: Any, b_dec_D: Any, m_D: Any, v_D: Any, adam: Any) -> None:
 # ---- many steps in one call
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def _dead_features(idle_F: Any, dead_after: float) -> Any:
     """Features that have not fired for so many tokens, ascending."""
     found = np.empty(len(idle_F), np.int32)
@@ -482,7 +482,7 @@ def _dead_features(idle_F: Any, dead_after: float) -> Any:
     return found[:num]
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def _auxiliary_errors(G_ND: Any, factor: Any, error_AD: Any) -> float:
     """Errors x - x_hat = -G / factor of the first tokens; their summed squared distance from their mean."""
     A, D = error_AD.shape
@@ -496,7 +496,7 @@ def _auxiliary_errors(G_ND: Any, factor: Any, error_AD: Any) -> float:
     return max(squares - _dot(total_D, total_D) / A, 1e-12 * A * D)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def steps_topk(
     chunk_CD: Any,
     order_C: Any,

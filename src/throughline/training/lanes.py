@@ -12,8 +12,16 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# reassociation lets sums be vectorised; NaN and infinity are left alone, since training must notice them
-FAST = {"reassoc", "contract", "nsz"}
+# Reassociation lets sums be vectorised; NaN and infinity are left alone, since training must notice them.
+# A call that is not inlined goes to whichever copy of the function the process loaded first, and each caller's copy may
+# round differently: bits would depend on whether this process compiled or read what an earlier one compiled.
+COMPILED: Any = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz"},
+    "forceinline": True,
+}
 LANES = 16
 HAS_AVX512 = "avx512f" in {name for name, has in llvm.get_host_cpu_features().items() if has}
 
@@ -160,7 +168,7 @@ def _pack_kept(_context: Any, index_A: Any, value_A: Any, first: Any, limit: Any
     return types.int64(index_A, value_A, types.int64, types.float32, types.int64), generate
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
+@njit(**COMPILED, inline="always")
 def count_above(value_A: Any, num: int, limit: Any) -> int:
     """How many of the first `num` entries lie above a limit of at least 0; the sixteen that follow them have to be 0."""
     count = 0
@@ -172,7 +180,7 @@ def count_above(value_A: Any, num: int, limit: Any) -> int:
 # ---- taking out what is above a limit, in two ways
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def entries_above_by_words(row_F: Any, bias_F: Any, limit: Any, index_A: Any, value_A: Any) -> int:
     """Where row + bias is above `limit`, ascending, and how much it is there; how many that are.
 
@@ -193,7 +201,7 @@ def entries_above_by_words(row_F: Any, bias_F: Any, limit: Any, index_A: Any, va
     return num
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def entries_above_by_lanes(row_F: Any, bias_F: Any, limit: Any, index_A: Any, value_A: Any) -> int:
     """The same with AVX-512, without a branch."""
     num = 0
@@ -208,7 +216,7 @@ def entries_above_by_lanes(row_F: Any, bias_F: Any, limit: Any, index_A: Any, va
     return num
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def keep_above_one_by_one(index_A: Any, value_A: Any, num: int, limit: Any) -> int:
     """Of the first `num` entries leave those above a limit of at least 0, in their order; how many they are.
 
@@ -222,7 +230,7 @@ def keep_above_one_by_one(index_A: Any, value_A: Any, num: int, limit: Any) -> i
     return kept
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@njit(**COMPILED)
 def keep_above_by_lanes(index_A: Any, value_A: Any, num: int, limit: Any) -> int:
     """The same with AVX-512."""
     kept = 0
