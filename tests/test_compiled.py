@@ -1,6 +1,10 @@
 """The compiled way of training: as the plain one in every weight, and each kernel against dense torch."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,6 +216,24 @@ def test_blocks_of_steps_change_nothing(monkeypatch, small):
     found.append([t.nan_to_num() for g in groups for t in g.tensors().values()])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+TRAINING = """
+import hashlib
+from test_compiled import SPECS, engine, run, weights
+engine.DEAD_AFTER_SHARE, engine.DEAD_AFTER_BATCHES = 0.02, 1
+one = run({0: SPECS["topk"]}, 200)[0]
+print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in weights(one).values())).hexdigest())
+"""
+
+
+def test_bits_do_not_depend_on_which_process_compiled(tmp_path):
+    """The first one compiles, the second reads what the first left; features die, so that every kernel is at work."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", TRAINING]
+    found = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert list(tmp_path.rglob("kernels.steps_topk-*.nbc"))
+    assert found[0].stdout == found[1].stdout
 
 
 @pytest.mark.parametrize(("small", "at"), [(5e7, 0), (0, 0), (5e7, 7), (0, 7)])

@@ -23,7 +23,8 @@ from synthetic_run import (
     make_trace,
     make_transfer,
 )
-from throughline.report import packing, write_report
+from throughline.figures.style import save_figure
+from throughline.report import drawings, packing, write_report
 from throughline.report.bundle import render_page, render_shell
 from throughline.report.contents import PageData, collect, compact
 from throughline.run_dir import RunDir
@@ -173,6 +174,36 @@ def test_figures_lie_beside_the_page(complete: Path):
 def test_report_written_again_is_the_same(bare: Path):
     before = bare.read_bytes()
     assert write_report(RunDir.open(bare.parents[1])).read_bytes() == before
+
+
+def test_figures_are_drawn_again_when_what_they_show_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = build_run(tmp_path / "run", MODELS[:1], parts=("quality",))
+    saved: list[str] = []
+
+    def note(figure: Any, stem: Path) -> list[Path]:
+        saved.append(stem.name)
+        return save_figure(figure, stem)
+
+    def drawn() -> list[str]:
+        saved.clear()
+        write_report(run)
+        return saved
+
+    monkeypatch.setattr(drawings, "save_figure", note)
+    folder = run.report_folder() / "figures"
+    assert drawn() == ["quality"] and drawn() == []
+    picture = folder / "quality.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-9])
+    assert drawn() == ["quality"] and picture.read_bytes() == whole
+    (folder / "quality.pdf").unlink()
+    assert drawn() == ["quality"] and drawn() == []
+    (folder / drawings.DRAWN).write_text("[1")
+    assert drawn() == ["quality"] and drawn() == []
+    run.write_trace(make_trace(MODELS[0]))
+    assert [name.partition("-")[0] for name in drawn()] == ["trace"]
+    run.write_quality(run.quality(MODELS[0].name)[0].model_copy(update={"fvu": 0.123}))
+    assert drawn() == ["quality"] and picture.read_bytes() != whole
 
 
 def test_a_bare_run_has_a_page(bare: Path):
