@@ -33,6 +33,7 @@ pytestmark = pytest.mark.xdist_group("page")
 HOMES = ("report", "served")
 PROMPT = "What is 15 + 27?"
 SETTINGS = (
+    f"models=[{', '.join(f'{{path: zoo/{name}, layers: [0, 1, 2]}}' for name in ('gpt2', 'phi', 'pythia', 'gemma'))}]",
     "training.tokens=60000",
     "evaluation.tokens=10000",
     "evaluation.sample_tokens=4000",
@@ -407,7 +408,9 @@ def test_training_is_watched_while_another_process_trains(browser, homes, tmp_pa
                     time.sleep(0.2)
                 assert {"running", "done"} <= states, states  # seen without loading the page again
                 here.until("[...document.querySelectorAll('[data-place].done')].length === 3", seconds=60)
-                page.wait_for_selector("figure svg circle", timeout=30_000)  # a quick training has one point and no line
+                page.wait_for_selector(
+                    "figure svg circle", timeout=30_000
+                )  # a quick training has one point and no line
                 assert len(client.get("/api/training")) == 3
                 here.require_accessible()
         finally:

@@ -131,14 +131,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def libraries() -> str:
-    """A folder for PYTHONPATH with s3fs and moto; empty if they are installed."""
+def find_libraries() -> str | None:
+    """A folder for PYTHONPATH with s3fs and moto; empty if they are installed, None if they are nowhere."""
     if importlib.util.find_spec("s3fs") and importlib.util.find_spec("moto"):
         return ""
-    if not (S3_LIBRARIES / "s3fs").is_dir():
+    return str(S3_LIBRARIES) if (S3_LIBRARIES / "s3fs").is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def libraries() -> str:
+    """Where they are."""
+    found = find_libraries()
+    if found is None:
         pytest.skip(f"s3fs and moto are not in {S3_LIBRARIES}; `make s3` installs them. The same is tested on file://")
-    return str(S3_LIBRARIES)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +174,10 @@ def place(request, tmp_path):
     if request.param == "file":
         return FileUrl(tmp_path / "shared" / "tiny")
     return Bucket(request.getfixturevalue("server"), f"bucket-{time.time_ns()}")
+
+
+# what differs between buckets and folders does not matter to these tests
+wherever = pytest.mark.parametrize("place", ["file" if find_libraries() is None else "s3"], indirect=True)
 
 
 # ---- machines
@@ -310,6 +320,7 @@ def test_a_killed_training_goes_on_elsewhere_to_the_same_bits(place, machine, st
     assert STATE not in place.names() and CLAIM not in place.names()
 
 
+@wherever
 def test_a_run_has_one_driver_and_a_block_one_worker(place, machine, study):
     long = (
         "--set",
@@ -331,6 +342,7 @@ def test_a_run_has_one_driver_and_a_block_one_worker(place, machine, study):
     assert not trained(place) and json.loads(place.read(CLAIM))["token"] == "theirs"
 
 
+@wherever
 def test_a_training_on_ray_goes_on_at_the_url_when_a_worker_dies(place, machine, on_ray, expected_of_longer):
     process = machine("one").start("train", on_ray, "--out", place.url, "--device", "cpu")
 
