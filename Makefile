@@ -8,7 +8,7 @@
 # make s3      a client and a server of S3, apart from ours, to test runs at s3:// with
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 3 --dist loadgroup
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -38,7 +38,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	@$(BIN)/pyright --warnings > .venv/pyright.log || { cat .venv/pyright.log; exit 1; }
 
-# Each worker computes with one thread. Three on two cores: tests of processes that are killed wait much of the time.
+# Each worker computes with one thread, so that two do not crowd each other out; a group shares what it set up.
 test: $(STAMP) lint types
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 

@@ -16,6 +16,8 @@ from throughline.errors import InputError
 from throughline.study import DictionarySpec, TrainingSpec
 from throughline.training import Progress, chunks, engine
 
+pytestmark = pytest.mark.xdist_group("activations")  # what it sets up takes long
+
 D, F, K, N = 16, 32, 2, 12_000
 DICTIONARY = {"d_sae": F, "k": K}
 TRAINING = {"batch_tokens": 128, "epochs": 2}

@@ -14,6 +14,8 @@ from kill_cluster import ENVIRONMENT, hashes_of
 
 from throughline.run_dir import RunDir
 
+pytestmark = pytest.mark.xdist_group("faults")  # what it sets up takes long
+
 STUDY = """
 name: faults
 models: [{path: zoo/gpt2, layers: [0]}, {path: zoo/pythia, layers: [0, 1, 2]}]

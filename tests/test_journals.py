@@ -99,6 +99,7 @@ def test_wandb_keeps_what_was_written(shared, tmp_path, monkeypatch, capfd):
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delitem(sys.modules, "openai", raising=False)  # of another test; wandb would advertise something for it
     throughline.train(study_file(tmp_path, shared, "{wandb: my-project}"), tmp_path / "run")
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     rows, project = [], ""

@@ -26,6 +26,8 @@ from throughline.training.processes import Processes
 from throughline.training.ranks import ALONE, Ranks
 from throughline.training.sources import ArraySource
 
+pytestmark = pytest.mark.xdist_group("ranks")  # what it sets up takes long
+
 N, D, STEPS = 64, 16, 48
 NAMES = ("topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated")
 KEY, SECONDS = "a-key", 120

@@ -31,6 +31,8 @@ from throughline.run_dir import RunDir
 from throughline.views.reading import RunReader
 from throughline.views.relations import Relations
 
+pytestmark = pytest.mark.xdist_group("report")  # what it sets up takes long
+
 
 class _Page(HTMLParser):
     """What a parser makes of the page: elements with their attributes, and the text of the script elements."""

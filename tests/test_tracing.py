@@ -30,6 +30,8 @@ from throughline.tracing import TraceInputs, TraceOptions, check_prompt, trace_p
 from throughline.tracing.answer import answer_under, find_answer
 from throughline.zoo.texts import sample_problems
 
+pytestmark = pytest.mark.xdist_group("tracing")  # what it sets up takes long
+
 NO_LABELS = pl.DataFrame(schema=LABEL_COLUMNS)
 
 

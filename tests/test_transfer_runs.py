@@ -17,6 +17,8 @@ from kill_cluster import ENVIRONMENT
 from throughline import api
 from throughline.run_dir import RunDir
 
+pytestmark = pytest.mark.xdist_group("transfer_runs")  # what it sets up takes long
+
 STUDY = {
     "name": "transfers",
     "models": [{"path": "zoo/pythia", "layers": [0, 1]}, {"path": "zoo/gpt2", "layers": [0, 1]}],

@@ -29,6 +29,8 @@ from throughline.zoo.texts import (
 )
 from throughline.zoo.vocabularies import build_tokenizer
 
+pytestmark = pytest.mark.xdist_group("zoo")  # what it sets up takes long
+
 PLACES = {"units": 0, "tens": 1, "hundreds": 2}
 BUNDLED = [name for name in NAMES if Path(resolve_path(f"zoo/{name}"), "config.json").is_file()]
 
