@@ -408,9 +408,8 @@ def test_training_is_watched_while_another_process_trains(browser, homes, tmp_pa
                     time.sleep(0.2)
                 assert {"running", "done"} <= states, states  # seen without loading the page again
                 here.until("[...document.querySelectorAll('[data-place].done')].length === 3", seconds=60)
-                page.wait_for_selector(
-                    "figure svg circle", timeout=30_000
-                )  # a quick training has one point and no line
+                # a quick training has one point and no line
+                page.wait_for_selector("figure svg circle", timeout=30_000)
                 assert len(client.get("/api/training")) == 3
                 here.require_accessible()
         finally:

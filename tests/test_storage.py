@@ -176,8 +176,8 @@ def place(request, tmp_path):
     return Bucket(request.getfixturevalue("server"), f"bucket-{time.time_ns()}")
 
 
-# what differs between buckets and folders does not matter to these tests
-wherever = pytest.mark.parametrize("place", ["file" if find_libraries() is None else "s3"], indirect=True)
+# a cluster takes minutes; that other processes go on at a file:// URL is tested without one
+farthest = pytest.mark.parametrize("place", ["file" if find_libraries() is None else "s3"], indirect=True)
 
 
 # ---- machines
@@ -303,7 +303,6 @@ def test_a_run_at_a_url_is_that_of_a_folder_and_other_machines_see_it(place, mac
     assert f"{place.url} holds a run already" in held
 
 
-@wherever
 def test_a_killed_training_goes_on_elsewhere_to_the_same_bits(place, machine, study, expected):
     process = machine("one").start("train", study, "--out", place.url, "--device", "cpu", "--quiet")
     wait_until(lambda: STATE in place.names(), process)
@@ -321,7 +320,6 @@ def test_a_killed_training_goes_on_elsewhere_to_the_same_bits(place, machine, st
     assert STATE not in place.names() and CLAIM not in place.names()
 
 
-@wherever
 def test_a_run_has_one_driver_and_a_block_one_worker(place, machine, study):
     long = (
         "--set",
@@ -343,7 +341,7 @@ def test_a_run_has_one_driver_and_a_block_one_worker(place, machine, study):
     assert not trained(place) and json.loads(place.read(CLAIM))["token"] == "theirs"
 
 
-@wherever
+@farthest
 def test_a_training_on_ray_goes_on_at_the_url_when_a_worker_dies(place, machine, on_ray, expected_of_longer):
     process = machine("one").start("train", on_ray, "--out", place.url, "--device", "cpu")
 

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -28,6 +29,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def checksum_of(path: Path) -> str | None:
+    """SHA-256 of a file's bytes in hex; None if it is not there."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _error_number(error: Exception) -> int | None:

@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from throughline.claims import Claim, hold, take
 from throughline.errors import DamagedFileError, InputError
+from throughline.files import checksum_of
 from throughline.records import (
     Analysis,
     AskedLabels,
@@ -176,7 +177,9 @@ class RunDir:
         """True if a file is what was written; of a damaged copy of a URL's, a new one is tried."""
         path = self.root / relative
         self.storage.fetch(relative)
-        return _checksum(path) == checksum or (self.storage.fetch(relative, anew=True) and _checksum(path) == checksum)
+        return checksum_of(path) == checksum or (
+            self.storage.fetch(relative, anew=True) and checksum_of(path) == checksum
+        )
 
     def check(self, step: str) -> None:
         """Raise DamagedFileError if a file of a finished step is not what was written."""
@@ -218,7 +221,7 @@ class RunDir:
         for name, key in keys.items():
             check()
             self.storage.push(*files[name])
-            checksums = {file: _checksum(self.root / file) or "" for file in files[name]}
+            checksums = {file: checksum_of(self.root / file) or "" for file in files[name]}
             done = StepRecord(step=name, key=key, started=started, seconds=seconds, files=checksums)
             self.write_record(_step_file(name), done)
 
@@ -595,13 +598,6 @@ def _one_component(name: str) -> str:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-
-
-def _checksum(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _now() -> str:

@@ -22,7 +22,7 @@ from throughline.labelers.vocabulary import FAMILIES, Predicates
 
 MIN_MASS = 0.5  # share of a feature's activation, summed over tokens, that must lie above its threshold
 CAUTION = 2.0  # standard deviations that a score is lowered by for being counted on few tokens
-FEATURES_AT_ONCE = 1024
+FEATURES_AT_ONCE = 1024  # counts of features and cells are dense
 
 
 class Choice(NamedTuple):

@@ -6,7 +6,7 @@ To draw one takes a second or two, so `report/figures/.drawn.json` notes what ea
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from throughline.figures.ribbons import draw_ribbon
 from throughline.figures.style import save_figure
 from throughline.figures.trace import draw_trace
 from throughline.figures.transfer import draw_all_models, draw_transfer
-from throughline.files import replacing
+from throughline.files import checksum_of, replacing
 from throughline.records import Analysis, TransferResult
 from throughline.run_dir import RunDir, digest_key
 from throughline.views.reading import RunReader
@@ -129,10 +129,9 @@ def _read_drawn(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _sums(folder: Path, names: Any) -> dict[str, str]:
-    """Check sums of those files that are there."""
-    paths = [folder / name for name in names]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+def _sums(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
+    """Their check sums; None for a file that is not there."""
+    return {name: checksum_of(folder / name) for name in names}
 
 
 def _digest(drawing: Drawing) -> str:
