@@ -6,6 +6,7 @@ receives a line of news now and then. They return records; nothing is printed.
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -183,9 +184,11 @@ def train(
             "dictionary, training and layers go with activations; a study file has its own (change it with settings)"
         )
     with _begin(load_study(study, settings), out, resume, device, say) as session:
-        from throughline.pipeline import train_models
+        from throughline.pipeline import advance_models, train_models
 
-        train_models(session, progress)
+        with session.noting_seconds():
+            advance_models(session, progress, ["train"])
+            train_models(session, progress)
         return session.run
 
 
@@ -195,7 +198,8 @@ def evaluate(run: str | Path | RunDir, device: str | None = None, say: Say = sil
         from throughline.pipeline import evaluate_models
 
         _require_trained(session)
-        return evaluate_models(session)
+        with session.noting_seconds():
+            return evaluate_models(session)
 
 
 def features(
@@ -206,7 +210,8 @@ def features(
         from throughline.pipeline import describe_models
 
         _require_evaluated(session, force)
-        describe_models(session)
+        with session.noting_seconds():
+            describe_models(session)
         return {spec.name: session.run.table(spec.name, "features") for spec in session.study.models}
 
 
@@ -234,7 +239,8 @@ def label(
         check_asked(study)
         _require_evaluated(session, force)
         session.study = study
-        label_models(session, approve or refuse)
+        with session.noting_seconds():
+            label_models(session, approve or refuse)
         if study != opened.study():
             opened.write_text("study.yaml", dump_study(study))
         return {spec.name: session.run.table(spec.name, "labels") for spec in session.study.models}
@@ -278,7 +284,8 @@ def transfer(
         from throughline.pipeline import transfer_models
 
         _require_evaluated(session, force)
-        return transfer_models(session, [metric] if metric else None)
+        with session.noting_seconds():
+            return transfer_models(session, [metric] if metric else None)
 
 
 def report(run: str | Path | RunDir) -> Path:
@@ -404,6 +411,8 @@ class Finished:
     page: Path
     traces: list[Trace]
     comparisons: list[Comparison]
+    seconds: dict[str, float]  # of each stage this time; models that went side by side are summed
+    total_seconds: float  # by the clock
 
 
 def run(
@@ -416,18 +425,24 @@ def run(
     say: Say = silent,
     progress: Callable[[Any], None] = ignore,
     approve: "Approve | None" = None,
+    first: str | None = None,
+    on_trace: Callable[[Trace], None] | None = None,
 ) -> Finished:
     """Train, evaluate, describe, label, relate, trace and report; what is done from the same settings is skipped.
 
     A study whose labels an endpoint is asked for needs `approve`, which is told what that costs and returns True or False.
+    `on_trace` is given a trace of the study's first prompt, if it has one, in the model `first` as soon as that has labels.
     """
+    started = time.perf_counter()
     loaded = load_study(study, settings)
     asked = loaded.features.asked
     if asked and asked.base_url and approve is None:  # hours before the question would come
         raise InputError(f"features.labelers has llm, which sends texts to {asked.base_url}; --yes lets it")
-    with _begin(loaded, out, resume, device, say) as session:
+    say(f"{loaded.name}: {', '.join(spec.name for spec in loaded.models)}; into {place_of(loaded, out)}")
+    with _begin(loaded, out, resume, device, say) as session, session.noting_seconds() as spent:
         from throughline import pipeline
 
+        pipeline.advance_models(session, progress, force=force, first=first, on_trace=on_trace)
         pipeline.train_models(session, progress)
         pipeline.evaluate_models(session)
         session.require_gate(force)
@@ -436,8 +451,10 @@ def run(
         pipeline.transfer_models(session)
         pipeline.trace_prompts(session, force)
         say("writing the report")
-        done = session.run
-        return Finished(done, report(done), done.traces(), done.comparisons())
+        with session.timed("report"):
+            page = report(session.run)
+    done = session.run
+    return Finished(done, page, done.traces(), done.comparisons(), spent, time.perf_counter() - started)
 
 
 def demo(
@@ -446,11 +463,25 @@ def demo(
     device: str | None = None,
     say: Say = silent,
     progress: Callable[[Any], None] = ignore,
+    on_trace: Callable[[Trace], None] | None = None,
 ) -> Finished:
-    """The whole road on the four bundled models, offline. `short` takes one model and a fifth of the text."""
+    """The whole road on the four bundled models, offline. `short` takes two models and a fifth of the text."""
     preset = str(files("throughline") / "presets" / "demo.yaml")
     settings: list[str] = list(SHORT_DEMO) if short else []
-    return run(preset, out, settings, resume=True, device=device, say=say, progress=progress)
+    return run(
+        preset,
+        out,
+        settings,
+        resume=True,
+        device=device,
+        say=say,
+        progress=progress,
+        first=DEMO_TRACED,
+        on_trace=on_trace,
+    )
+
+
+DEMO_TRACED = "zoo/pythia"  # whose trace the demo prints
 
 
 SHORT_DEMO = (

@@ -7,7 +7,7 @@ setting redoes exactly what it touches.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,7 +20,8 @@ from throughline.codes import Codes, encode_csr
 from throughline.comparing import Matches, compare_traces
 from throughline.dictionaries import Dictionary, untrained_like
 from throughline.errors import InputError, ThroughlineError
-from throughline.executors.local import run_jobs, threads
+from throughline.executors import processes
+from throughline.executors.local import raise_failures, run_jobs, threads
 from throughline.features import describe_features
 from throughline.jobs import Job, Report, train_job, train_steps
 from throughline.journals import check_extras
@@ -75,7 +76,7 @@ def check_study(study: Study) -> dict[str, int]:
     check_asked(study)
     depths = {}
     for spec in study.models:
-        depth, context = check_model(spec)
+        depth, context, _ = check_model(spec)
         depths |= {spec.name: depth} if depth else {}
         for prompt in study.trace.prompts:
             _check_prompt(spec, prompt, context)
@@ -96,26 +97,35 @@ def _check_prompt(spec: ModelSpec, prompt: str, context: int | None) -> None:
 
 def train_models(session: Session, report: Report) -> None:
     """Dictionaries of every wanted layer of every model; layers that are trained from the same settings, or imported, are kept."""
-    jobs = []
-    for spec in session.study.models:
-        require_layers(session, spec)  # a wrong layer is refused before anything is trained
-        steps = train_steps(session, spec)
-        pending = [layer for layer, step in steps.items() if not _is_done(session, step)]
-        imported = [layer for layer in session.run.imported(spec.name) if layer in steps]
-        if imported:
-            session.say(f"{spec.name}: imported, so not trained: layer{'s'[: len(imported) > 1]} {span(imported)}")
-        jobs += [Job(spec.name, pending)] if pending else []
-    for state in session.run.jobs():  # of a training that is over: nobody else trains in this run now
-        session.run.forget_job(state.model, state.layers)
+    jobs = [job for spec in session.study.models if (job := _pending_job(session, spec))]
+    _forget_ended_jobs(session)
     if not jobs:
         return
     if session.study.executor.kind == "ray":
         from throughline.executors import ray
 
-        ray.run_jobs(session, jobs, report)
+        with session.timed("train"):
+            ray.run_jobs(session, jobs, report)
         return
     with threads(session.study.executor.cpus):
         run_jobs(jobs, lambda job: _note_failure(session, job, report), name_of=lambda job: job.model)
+
+
+def _forget_ended_jobs(session: Session) -> None:
+    """Notes of a training that is over: nobody else trains in this run now."""
+    for state in session.run.jobs():
+        session.run.forget_job(state.model, state.layers)
+
+
+def _pending_job(session: Session, spec: ModelSpec) -> Job | None:
+    """The layers of a model that are still to be trained. A layer that it has not is refused."""
+    require_layers(session, spec)
+    steps = train_steps(session, spec)
+    pending = [layer for layer, step in steps.items() if not _is_done(session, step)]
+    imported = [layer for layer in session.run.imported(spec.name) if layer in steps]
+    if imported:
+        session.say(f"{spec.name}: imported, so not trained: layer{'s'[: len(imported) > 1]} {span(imported)}")
+    return Job(spec.name, pending) if pending else None
 
 
 def require_layers(session: Session, spec: ModelSpec) -> None:
@@ -130,10 +140,79 @@ def require_layers(session: Session, spec: ModelSpec) -> None:
 def _note_failure(session: Session, job: Job, report: Report) -> None:
     """Train; a failure is kept for `throughline status` before it is passed on."""
     try:
-        train_job(session, job, report)
+        with session.timed("train"):
+            train_job(session, job, report)
     except ThroughlineError as error:
         JobNotes(session.run, job.model, job.layers, session.device).note(failed=str(error))
         raise
+
+
+# ---- models side by side
+
+
+STAGES_OF_A_MODEL = ("train", "evaluate", "features", "label")
+
+
+def advance_models(
+    session: Session,
+    report: Report,
+    stages: Sequence[str] = STAGES_OF_A_MODEL,
+    *,
+    force: bool = False,
+    first: str | None = None,
+    on_trace: Callable[[Trace], None] | None = None,
+) -> None:
+    """Take all models through `stages`, side by side, where that is faster (`processes.divide_cores`); otherwise do nothing.
+
+    What is left undone (a model that fails the gate, a process that was killed, labels that a language model is asked for) is for
+    the stages themselves, which come next. `on_trace` is given a trace of the study's first prompt in the model `first`, which
+    is begun with, as soon as that has labels. Raises what failed, as `train_models` does.
+    """
+    study = session.study
+    widths = {spec.name: check_model(spec).width for spec in study.models}
+    division = processes.divide_cores(session, widths)
+    pending = [spec for spec in study.models if _is_pending(session, spec, stages)] if division else []
+    if not division or not pending:
+        return
+    _forget_ended_jobs(session)
+    # the longest first, so that no process is left with a long one at the end
+    pending.sort(key=lambda spec: (spec.name != first, -_cost(session, spec, widths[spec.name] or 1)))
+    prompt = next(iter(study.trace.prompts), None)
+    names = [spec.name for spec in pending]
+    raise_failures(
+        processes.advance_models(session, division, names, stages, report, force=force, look=prompt, on_trace=on_trace)
+    )
+
+
+def advance_model(session: Session, name: str, stages: Sequence[str], report: Report, *, force: bool) -> bool:
+    """Take one model through `stages`; False if its dictionaries fail the gate, which ends it, unless `force`."""
+    spec = session.study.model(name)
+    if "train" in stages:
+        job = _pending_job(session, spec)
+        if job:
+            _note_failure(session, job, report)
+    if "evaluate" in stages:
+        _evaluate_model(session, spec)
+        if not force and not all(quality.passed for quality in session.run.quality(name)):
+            return False
+    if "features" in stages:
+        _describe_model(session, spec)
+    if "label" in stages:
+        _label_model(session, spec)
+    return True
+
+
+def _is_pending(session: Session, spec: ModelSpec, stages: Sequence[str]) -> bool:
+    steps = list(train_steps(session, spec).values())
+    later = {"evaluate": _evaluate_step, "features": _features_step, "label": _free_label_step}
+    steps += [step_of(session, spec) for stage, step_of in later.items() if stage in stages]
+    return not all(_is_done(session, step) for step in steps)
+
+
+def _cost(session: Session, spec: ModelSpec, d_model: int) -> int:
+    """What the training of a model takes, in no particular unit."""
+    dictionary = session.study.dictionary_for(spec)
+    return sum(d_model * dictionary.at_layer(layer).width(d_model) for layer in session.layers(spec))
 
 
 # ---- evaluate, features, label
@@ -141,28 +220,31 @@ def _note_failure(session: Session, job: Job, report: Report) -> None:
 
 def evaluate_models(session: Session) -> list[LayerQuality]:
     """Quality of every dictionary on held-out text."""
-    study, run = session.study, session.run
-    for spec in study.models:
-        step = _evaluate_step(session, spec)
-        if _is_done(session, step):
-            continue
-        session.say(f"evaluating {spec.name}")
-        with run.step(*step) as files:
-            spliced = take_documents(
-                iter(session.heldout),
-                session.model(spec.name).tokenizer,
-                study.evaluation.spliced_tokens,
-                session.context(spec.name),
-            )
-            qualities = evaluate(
-                session.model(spec.name),
-                session.dictionaries(spec.name),
-                session.rows(spec.name, session.heldout),
-                session.rows(spec.name, spliced),
-                study.gate,
-            )
-            files += [run.write_quality(quality) for quality in qualities]
-    return [quality for spec in study.models for quality in run.quality(spec.name)]
+    for spec in session.study.models:
+        _evaluate_model(session, spec)
+    return [quality for spec in session.study.models for quality in session.run.quality(spec.name)]
+
+
+def _evaluate_model(session: Session, spec: ModelSpec) -> None:
+    study, run, step = session.study, session.run, _evaluate_step(session, spec)
+    if _is_done(session, step):
+        return
+    session.say(f"evaluating {spec.name}")
+    with session.timed("evaluate"), run.step(*step) as files:
+        spliced = take_documents(
+            iter(session.heldout),
+            session.model(spec.name).tokenizer,
+            study.evaluation.spliced_tokens,
+            session.context(spec.name),
+        )
+        qualities = evaluate(
+            session.model(spec.name),
+            session.dictionaries(spec.name),
+            session.rows(spec.name, session.heldout),
+            session.rows(spec.name, spliced),
+            study.gate,
+        )
+        files += [run.write_quality(quality) for quality in qualities]
 
 
 def _evaluate_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
@@ -175,19 +257,23 @@ def _evaluate_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
 def describe_models(session: Session) -> None:
     """Statistics and contexts of every feature."""
     for spec in session.study.models:
-        step = _features_step(session, spec)
-        if _is_done(session, step):
-            continue
-        session.say(f"describing the features of {spec.name}")
-        with session.run.step(*step) as files:
-            features, examples = describe_features(
-                session.model(spec.name),
-                session.dictionaries(spec.name),
-                session.evaluation(spec.name),
-                session.study.features.contexts,
-            )
-            files.append(session.run.write_table(spec.name, "features", features))
-            files.append(session.run.write_table(spec.name, "examples", examples))
+        _describe_model(session, spec)
+
+
+def _describe_model(session: Session, spec: ModelSpec) -> None:
+    step = _features_step(session, spec)
+    if _is_done(session, step):
+        return
+    session.say(f"describing the features of {spec.name}")
+    with session.timed("features"), session.run.step(*step) as files:
+        features, examples = describe_features(
+            session.model(spec.name),
+            session.dictionaries(spec.name),
+            session.evaluation(spec.name),
+            session.study.features.contexts,
+        )
+        files.append(session.run.write_table(spec.name, "features", features))
+        files.append(session.run.write_table(spec.name, "examples", examples))
 
 
 def _features_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
@@ -199,14 +285,19 @@ def label_models(session: Session, approve: Approve = refuse) -> None:
     words for, once `approve` has heard what that costs; calls that failed before are made again."""
     pending = [spec for spec in session.study.models if not _is_labelled(session, spec)]
     for spec in pending:
-        if _is_done(session, _free_label_step(session, spec)) or _is_done(session, _label_step(session, spec)):
-            continue
-        session.say(f"labelling the features of {spec.name}")
-        with session.run.step(*_free_label_step(session, spec)) as files:
-            for name, table in _label(session, spec.name).items():
-                files.append(session.run.write_table(spec.name, name, table))
+        _label_model(session, spec)
     if pending and session.study.features.asked is not None:
         _ask_for_labels(session, pending, Asking(session, session.study.features.asked), approve)
+
+
+def _label_model(session: Session, spec: ModelSpec) -> None:
+    """Labels by the labelers that ask nobody."""
+    if _is_done(session, _free_label_step(session, spec)) or _is_done(session, _label_step(session, spec)):
+        return
+    session.say(f"labelling the features of {spec.name}")
+    with session.timed("label"), session.run.step(*_free_label_step(session, spec)) as files:
+        for name, table in _label(session, spec.name).items():
+            files.append(session.run.write_table(spec.name, name, table))
 
 
 def _ask_for_labels(session: Session, pending: list[ModelSpec], asking: Asking, approve: Approve) -> None:
@@ -218,7 +309,7 @@ def _ask_for_labels(session: Session, pending: list[ModelSpec], asking: Asking, 
         asking.require_approval([p.labeler.estimate(p.cases) for p in prepared], approve)
         for spec, ready in zip(pending, prepared, strict=True):
             session.say(f"asking about {len(ready.cases):,} features of {spec.name}")
-            with session.run.step(*_label_step(session, spec)) as files:
+            with session.timed("label"), session.run.step(*_label_step(session, spec)) as files:
                 labels, asked = asking.label(ready)
                 session.run.write_text("study.yaml", dump_study(session.study))  # it may ask whom the run's did not
                 table = pl.concat([free[spec.name], labels]).sort("layer", "feature", "source")
@@ -316,15 +407,16 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
                     session.say(f"transfer: about {transfer_gib(run, study):.1f} GiB of memory, beside the models")
                     announced = True
                 session.say(f"{metric.name}: {source.name} {'and' if metric.both_ways else 'to'} {target.name}")
-                results = metric.compute(
-                    _Side(session, source.name),
-                    _Side(session, target.name),
-                    seed=study.training.seed,
-                    min_count=study.transfer.min_count,
-                )
-                for step, result in zip(steps, results, strict=True):
-                    with run.step(*step) as files:
-                        files += run.write_transfer(result)
+                with session.timed("transfer"):
+                    results = metric.compute(
+                        _Side(session, source.name),
+                        _Side(session, target.name),
+                        seed=study.training.seed,
+                        min_count=study.transfer.min_count,
+                    )
+                    for step, result in zip(steps, results, strict=True):
+                        with run.step(*step) as files:
+                            files += run.write_transfer(result)
     return run.transfers()
 
 
@@ -399,13 +491,24 @@ def trace(
     check_prompt(prompt)
     name = session.study.model(model).name
     session.require_gate(force)
+    found = look(session, prompt, name, options, tell)
+    if (
+        found.verification is not None and found.steering is None
+    ):  # a quick look, or a world changed by hand, is no record
+        session.run.write_trace(found)
+    return found
+
+
+def look(
+    session: Session, prompt: str, name: str, options: TraceOptions | None = None, tell: Tell = tell_nobody
+) -> Trace:
+    """One prompt in one model, whatever its gate says; not saved."""
     features = session.run.table(name, "features")
     _require_current(session, name)
     labels = best_labels(session.run.table(name, "labels"), session.study.features.bar)
-    opened = session.model(name)
-    found = trace_prompt(
+    return trace_prompt(
         TraceInputs(
-            opened,
+            session.model(name),
             session.dictionaries(name),
             features,
             labels,
@@ -418,11 +521,6 @@ def trace(
         expected=solve(prompt),
         tell=tell,
     )
-    if (
-        found.verification is not None and found.steering is None
-    ):  # a quick look, or a world changed by hand, is no record
-        session.run.write_trace(found)
-    return found
 
 
 def trace_options(
@@ -554,7 +652,8 @@ def trace_prompts(session: Session, force: bool) -> None:
         if all((name, prompt) in known for name in names) and _is_done(session, step):
             continue
         session.say(f"tracing {prompt!r}")
-        with session.run.step(*step):  # a user's own trace of the prompt may replace the files later, so none is noted
+        # a user's own trace of the prompt may replace the files later, so none is noted
+        with session.timed("trace"), session.run.step(*step):
             if len(names) > 1 and "matching" in session.study.transfer.metrics:
                 compare(session, prompt, force=force)
             else:

@@ -1,6 +1,5 @@
 """Work on many batches, or pairs of layers, at once."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -14,8 +13,8 @@ R = TypeVar("R")
 def spread(work: Callable[[W], R], items: Iterable[W], device: torch.device) -> Iterator[R]:
     """What `work` gives for each item, in order.
 
-    On a CPU each thread works on an item alone, which small matrices gain more from than from splitting every product.
+    On a CPU each of torch's threads works on an item alone, which small matrices gain more from than from splitting every product.
     """
-    num_threads = (os.cpu_count() or 1) if device.type == "cpu" else 1
+    num_threads = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(work, items)

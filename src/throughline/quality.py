@@ -2,7 +2,8 @@
 
     1. one pass for the mean of every layer
     2. one pass for reconstruction: FVU = sum|x - x_hat|^2 / sum|x - mean|^2, L0, dead and dense features
-    3. for each layer the model is run with x_hat, zero and the mean in place of x: CE, KL, answers kept
+    3. one pass as the model is, then for each layer the blocks after it with x_hat, zero and the mean in place of x: CE, KL,
+       answers kept
 
 CE recovered saturates (0.97 has been seen with three quarters of the answers lost), so it never stands alone.
 Names follow SAEBench core; `explained_variance_legacy` is its per-token form.
@@ -20,7 +21,7 @@ from throughline.dictionaries import Dictionary
 from throughline.harvesting import harvest
 from throughline.models import LanguageModel
 from throughline.records import TOKEN_KINDS, LayerQuality
-from throughline.splicing import batch_rows, log_probabilities, predicted_tokens
+from throughline.splicing import batch_rows, predicted_tokens, run_clean, run_spliced
 from throughline.study import GateSpec
 from throughline.tokens import TokenRows
 
@@ -154,19 +155,19 @@ class _Sums:
 def _splice(
     model: LanguageModel, dictionaries: dict[int, Dictionary], means_LD: Tensor, rows: TokenRows
 ) -> dict[int, dict]:
-    """Run every batch clean, and with x_hat, zero and the mean at each layer; measures by layer."""
+    """Run every batch clean, and on from each layer with x_hat, zero and the mean in its place; measures by layer."""
     ways: dict[tuple[int, str], Callable[[Tensor], Tensor]] = {}
     for mean_D, (layer, dictionary) in zip(means_LD, dictionaries.items(), strict=True):
         ways[layer, "sae"] = dictionary.reconstruct
         ways[layer, "zero"] = torch.zeros_like
         ways[layer, "mean"] = mean_D.expand_as
     clean, spliced = _Spliced(), {way: _Spliced() for way in ways}
-    for batch in rows.batches(batch_rows(model, rows)):
-        clean_BTV = log_probabilities(model, batch, {})
-        _score(clean, clean_BTV, None, batch)
+    for batch in rows.batches(batch_rows(model, rows, len(dictionaries))):
+        unchanged = run_clean(model, batch, list(dictionaries))
+        _score(clean, unchanged.log_p_BTV, None, batch)
         for (layer, name), replace in ways.items():
-            log_p_BTV = log_probabilities(model, batch, {layer: replace})
-            _score(spliced[layer, name], log_p_BTV, clean_BTV, batch)
+            log_p_BTV = run_spliced(model, batch, unchanged, layer, replace)
+            _score(spliced[layer, name], log_p_BTV, unchanged.log_p_BTV, batch)
     return {
         layer: _splice_measures(clean, *(spliced[layer, name] for name in ("sae", "zero", "mean")))
         for layer in dictionaries

@@ -4,12 +4,17 @@ Three texts serve all measures. `evaluation`: held-out documents, the same for e
 with the residual stream kept. `selection`: documents of the training split, on which labels are chosen.
 """
 
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
+
+import torch
 
 from throughline.codes import Codes, encode_text_with
 from throughline.dictionaries import Dictionary, load_dictionary
-from throughline.errors import GateError
+from throughline.errors import GateError, ThroughlineError
 from throughline.models import LanguageModel, open_model
 from throughline.records import Document
 from throughline.run_dir import RunDir
@@ -31,6 +36,58 @@ class Session:
         self._dictionaries: dict[tuple[str, int], dict[int, Dictionary]] = {}  # by model and twin
         self._codes: dict[tuple[str, str], list[Codes]] = {}  # by model and text: of its dictionaries, and of its twins
         self._warned = False
+        self._seconds: Counter[str] = Counter()  # by stage
+
+    # ---- time and threads
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that one training on a CPU has: the study's, or as many as torch takes."""
+        return self.study.executor.cpus or torch.get_num_threads()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds of the block as the stage's."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] += time.perf_counter() - started
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Count what another process spent."""
+        self._seconds.update(seconds)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds by stage since this was last asked."""
+        taken, self._seconds = dict(self._seconds), Counter()
+        return taken
+
+    @contextmanager
+    def noting_seconds(self) -> Iterator[dict[str, float]]:
+        """Give the seconds by stage that the block counted, once it has ended, and add them to the run's own, even if it fails.
+
+        Writing the report again is no news.
+        """
+        spent: dict[str, float] = {}
+        try:
+            yield spent
+        finally:
+            spent |= self.take_seconds()
+            if spent.keys() - {"report"}:
+                with suppress(OSError, ThroughlineError):  # whatever keeps it from being written is said elsewhere
+                    known = Counter(self.run.info().seconds)
+                    known.update(spent)
+                    self.run.update_info(seconds={stage: round(known[stage], 3) for stage in known})
+
+    # ---- what is open
+
+    def let_go(self, name: str) -> None:
+        """Give back the memory of a model: itself, its dictionaries and codes."""
+        self._models.pop(name, None)
+        for known in (self._dictionaries, self._codes):
+            for key in [key for key in known if key[0] == name]:
+                del known[key]
 
     def model(self, name: str) -> LanguageModel:
         """The language model called `name`."""

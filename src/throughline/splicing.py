@@ -1,6 +1,7 @@
 """A model run with something else in the place of a layer's residual stream, and what that costs its predictions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,34 +10,65 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
 from throughline.models import LanguageModel
+from throughline.models.language_model import Inputs, ModelOutput
 from throughline.tokens import TokenRows
 
-LOGIT_BYTES = 2**28  # of one batch's log-probabilities
+BATCH_BYTES = 2**28  # of one batch's log-probabilities, or of the streams that are kept of it
 
 Replacement = Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]
 
 
-def batch_rows(model: LanguageModel, rows: TokenRows) -> int:
-    """How many rows are run at once."""
-    return max(1, LOGIT_BYTES // (4 * rows.width * model.vocab_size))
+def batch_rows(model: LanguageModel, rows: TokenRows, num_layers: int = 0) -> int:
+    """How many rows are run at once, if the stream of so many layers is kept."""
+    return max(1, BATCH_BYTES // (4 * rows.width * max(model.vocab_size, num_layers * model.d_model)))
+
+
+class CleanPass(NamedTuple):
+    """A batch of rows as the model reads them: log-probabilities of the next token, and the stream after some blocks."""
+
+    inputs: Inputs
+    log_p_BTV: Float[Tensor, "B predicted V"]
+    residuals: dict[int, Float[Tensor, "B T D"]]
+
+
+def run_clean(model: LanguageModel, rows: TokenRows, layers: Collection[int] = ()) -> CleanPass:
+    """The model run with nothing replaced, its stream after each of `layers` kept."""
+    inputs = model.inputs(rows.ids, rows.positions, rows.pieces)
+    output = model.run(inputs, capture=layers)
+    return CleanPass(inputs, _log_softmax(output), output.residuals)
+
+
+def run_spliced(
+    model: LanguageModel, rows: TokenRows, clean: CleanPass, layer: int, replace: Replacement
+) -> Float[Tensor, "B predicted V"]:
+    """Log-probabilities with `replace` of the kept tokens after block `layer` in their place; special tokens stay as they are.
+
+    Only the blocks after it are run again: those before see what they saw in the clean pass.
+    """
+    edited_BTD = _edit_kept(clean.residuals[layer], rows, replace)
+    return _log_softmax(model.after(layer).run(clean.inputs, edits={layer: lambda _: edited_BTD}))
 
 
 def log_probabilities(
     model: LanguageModel, rows: TokenRows, replacements: Mapping[int, Replacement]
-) -> Float[Tensor, "B T-1 V"]:
-    """Log-probabilities of the next token with the kept tokens of some layers replaced; special tokens stay as they are."""
+) -> Float[Tensor, "B predicted V"]:
+    """Log-probabilities of the next token with the kept tokens of any layers replaced, each by what it does to the stream that
+    the layers before it left; special tokens stay as they are."""
     inputs = model.inputs(rows.ids, rows.positions, rows.pieces)
-    keep = torch.from_numpy(rows.keep).to(inputs.ids.device)
 
     def edit_with(replace: Replacement) -> Callable[[Tensor], Tensor]:
-        def edit(x_BTD: Tensor) -> Tensor:
-            out = x_BTD.clone()
-            out[keep] = replace(x_BTD[keep].float()).to(x_BTD.dtype)
-            return out
+        return lambda x_BTD: _edit_kept(x_BTD, rows, replace)
 
-        return edit
+    return _log_softmax(model.run(inputs, edits={layer: edit_with(replace) for layer, replace in replacements.items()}))
 
-    output = model.run(inputs, edits={layer: edit_with(replace) for layer, replace in replacements.items()})
+
+def _edit_kept(x_BTD: Tensor, rows: TokenRows, replace: Replacement) -> Tensor:
+    keep, out = torch.from_numpy(rows.keep).to(x_BTD.device), x_BTD.clone()
+    out[keep] = replace(x_BTD[keep].float()).to(x_BTD.dtype)
+    return out
+
+
+def _log_softmax(output: ModelOutput) -> Tensor:
     assert output.logits is not None
     return log_softmax(output.logits[:, :-1].float(), dim=-1)
 

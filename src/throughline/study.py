@@ -324,6 +324,9 @@ class ExecutorSpec(Section):
     # of a Ray cluster (auto, HOST:6379, ray://HOST:10001); none: one is started on this machine
     address: str | None = None
     cpus: int | None = Field(default=None, ge=1)  # threads of a job; none: all (local), 1 (ray)
+    # models that are worked on side by side, each in a process of its own (local, on a CPU); none: as many as there are
+    # threads where all models are narrower than 256, else one
+    processes: int | None = Field(default=None, ge=1)
     gpus: float | None = Field(default=None, ge=0)  # of a job (ray); none: 1 where there are any
     # that train one block together (ray); none: 1, but more where GPUs outnumber the layers that are left
     devices: int | None = Field(default=None, ge=1)
@@ -332,6 +335,8 @@ class ExecutorSpec(Section):
     def _no_cluster_here(self) -> Self:
         if self.kind == "local" and any(value is not None for value in (self.address, self.gpus, self.devices)):
             raise ValueError("address, gpus and devices are Ray's; set kind: ray")
+        if self.kind == "ray" and self.processes is not None:
+            raise ValueError("processes is for kind: local; Ray has a process for each job")
         return self
 
 

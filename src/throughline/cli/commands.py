@@ -62,9 +62,11 @@ def demo(
     from throughline.cli import live, render
 
     with live.Live(quiet, out) as news, _figures_of_the_gate(out, quiet):
-        finished = api.demo(out, short=short, device=device, say=news.say, progress=news.progress)
+        finished = api.demo(
+            out, short=short, device=device, say=news.say, progress=news.progress, on_trace=news.first_trace
+        )
     if not quiet:
-        render.finished(finished, model="zoo/pythia")
+        render.finished(finished, model=api.DEMO_TRACED)
 
 
 @app.command()

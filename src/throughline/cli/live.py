@@ -13,6 +13,7 @@ from rich.live import Live as RichLive
 
 from throughline.cli.render import duration, status_view
 from throughline.progress import read_status
+from throughline.records import Trace
 from throughline.run_dir import RunDir
 
 PLAIN_EVERY_SECONDS = 10.0
@@ -61,6 +62,13 @@ class Live:
         self._live.update(status_view(status), refresh=True)
         if not status["layers"]["running"] + status["layers"]["waiting"]:
             self._stop()
+
+    def first_trace(self, found: Trace) -> None:
+        """The trace of a prompt in the first model that is ready, in short."""
+        from throughline.cli.traced import first_look
+
+        for line in first_look(found):
+            self.say(line)
 
     def _stop(self) -> None:
         if self._live is not None:

@@ -55,6 +55,14 @@ def finished(done: Any, model: str | None = None) -> None:
         trace(chosen)
     out.print()
     out.print(f"report: {done.page}", soft_wrap=True)
+    out.print(stage_seconds(done.seconds, done.total_seconds), soft_wrap=True)
+
+
+def stage_seconds(seconds: dict[str, float], total: float) -> str:
+    """`train 96 s · evaluate 31 s · …; 131 s in all`, by stage; stages of models that went side by side add up to more."""
+    spent = " · ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    beside = ", models side by side" if sum(seconds.values()) > total else ""
+    return f"{spent}; {total:.0f} s in all{beside}"
 
 
 def qualities(rows: list[LayerQuality]) -> None:

@@ -45,6 +45,22 @@ def trace(found: Trace) -> None:
         explain(out, "note", note)
 
 
+def first_look(found: Trace) -> list[str]:
+    """A trace in a line for the answer and one for each layer: its feature of the largest effect."""
+    right = {True: " (right)", False: " (wrong)", None: ""}[found.correct]
+    lines = [
+        f'{found.model} is ready. "{found.prompt}" → "{found.answer}"{right}; of each layer the feature that matters most:'
+    ]
+    for reading in found.layers:
+        strongest = max(reading.features, key=_size_of_effect, default=None)
+        lines += [f"  layer {reading.layer}  {feature_line(found, strongest).rstrip()}"] if strongest else []
+    return lines
+
+
+def _size_of_effect(feature: ActiveFeature) -> float:
+    return abs(feature.predicted_effect if feature.effect is None else feature.effect)
+
+
 def _say_answer(out: Console, found: Trace) -> None:
     if found.correct is False:
         out.print(Text(f'The answer is wrong: "{found.answer}", right is "{found.expected}".', style="bold red"))

@@ -22,6 +22,11 @@ def run_jobs(jobs: Sequence[J], work: Callable[[J], None], name_of: Callable[[J]
             work(job)
         except ThroughlineError as error:
             failures.append((name_of(job), error))
+    raise_failures(failures)
+
+
+def raise_failures(failures: Sequence[tuple[str, ThroughlineError]]) -> None:
+    """Raise the failure if there is one, TrainingError naming all, by what failed, if there are more."""
     if len(failures) == 1:
         raise failures[0][1]
     if failures:

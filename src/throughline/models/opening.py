@@ -72,10 +72,11 @@ def outline_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 class ModelFacts(NamedTuple):
-    """What a model's configuration tells of it: number of layers, and the longest text it takes, in tokens."""
+    """What a model's configuration tells of it: number of layers, the longest text it takes, in tokens, and d_model."""
 
     depth: int | None
     context: int | None
+    width: int | None
 
 
 def check_model(spec: ModelSpec) -> ModelFacts:
@@ -90,7 +91,8 @@ def check_model(spec: ModelSpec) -> ModelFacts:
     model_type = str(config.get("model_type"))
     family = FAMILIES.load(model_type) if model_type in FAMILIES.names() else None
     context = getattr(known, family.context if family else "max_position_embeddings", None)
-    return ModelFacts(depth if isinstance(depth, int) else None, context)
+    width = getattr(known and known.get_text_config(), "hidden_size", None)
+    return ModelFacts(depth if isinstance(depth, int) else None, context, width if isinstance(width, int) else None)
 
 
 def _find(spec: ModelSpec) -> tuple[str, dict[str, Any]]:

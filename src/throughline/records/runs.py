@@ -47,6 +47,7 @@ class RunInfo(Record):
     forced: bool = False
     random_weights: list[str] = []  # models of the run that were never trained
     depths: dict[str, int] = {}  # number of layers of each model
+    seconds: dict[str, float] = {}  # spent in each stage so far, summed over models and over runs that went on
 
 
 class PlannedDevice(Record):

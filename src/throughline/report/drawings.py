@@ -1,12 +1,16 @@
 """The figures beside the page: which there are, and saving those that what they show has changed since.
 
-To draw one takes a second or two, so `report/figures/.drawn.json` notes what each was drawn from.
+To draw one takes a second, so `report/figures/.drawn.json` notes what each was drawn from, and several processes draw many.
 """
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 CURVES = {"divergence": draw_divergence, "decay": draw_decay, "persistence": draw_persistence}
 DRAWN = ".drawn.json"
+FIGURES_A_PROCESS = 4  # at least: to start one takes as long as to draw two
 
 
 class Drawing(NamedTuple):
@@ -47,19 +52,73 @@ class Drawing(NamedTuple):
 
 
 def write_figures(run: RunDir) -> None:
-    """Save every figure that `run` has records for as png, svg and pdf in report/figures/; what is current stays untouched."""
+    """Save every figure that `run` has records for as png, svg and pdf in report/figures/; what is current stays untouched.
+
+    Many that are to be drawn are divided among processes, as many as there are cores.
+    """
     folder = run.report_folder() / "figures"
-    before, drawn = _read_drawn(folder), {}
-    for drawing in _drawings(run):
-        source = _digest(drawing)
-        known = before.get(drawing.name)
-        if not (known and known["source"] == source and _sums(folder, known["files"]) == known["files"]):
-            paths = save_figure(drawing.draw(*drawing.arguments, **drawing.options), folder / drawing.name)
-            known = {"source": source, "files": _sums(folder, [path.name for path in paths])}
-        drawn[drawing.name] = known
+    before = _read_drawn(folder)
+    sources = {drawing.name: _digest(drawing) for drawing in _drawings(run)}
+    stale = [name for name, source in sources.items() if not _is_current(folder, before.get(name), source)]
+    drawn = before | _draw_side_by_side(run, stale)
+    drawn = {name: drawn[name] for name in sources}
     if drawn != before:
         with replacing(folder / DRAWN) as temporary:
             temporary.write_text(json.dumps(drawn, indent=1))
+
+
+def _draw_side_by_side(run: RunDir, names: list[str]) -> dict[str, Any]:
+    """`draw_figures`, divided among processes; what one of them could not draw is drawn here."""
+    num_processes = max(1, min(os.cpu_count() or 1, len(names) // FIGURES_A_PROCESS))
+    own, *shares = (names[i::num_processes] for i in range(num_processes))
+    processes = [_start(run, share) for share in shares]
+    try:
+        drawn = draw_figures(run, own)
+        for process, share in zip(processes, shares, strict=True):
+            drawn |= _finish(process) or draw_figures(run, share)
+        return drawn
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def draw_figures(run: RunDir, names: Collection[str]) -> dict[str, Any]:
+    """Draw the figures of these names; by figure, what it was drawn from and the sums of its files."""
+    folder, drawn = run.report_folder() / "figures", {}
+    for drawing in _drawings(run) if names else ():
+        if drawing.name in names:
+            paths = save_figure(drawing.draw(*drawing.arguments, **drawing.options), folder / drawing.name)
+            drawn[drawing.name] = {"source": _digest(drawing), "files": _sums(folder, [path.name for path in paths])}
+    return drawn
+
+
+def _start(run: RunDir, names: Sequence[str]) -> "subprocess.Popen[str]":
+    """A process that draws these figures (`drawing_process`)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "throughline.report.drawing_process", str(run.root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+    )
+    assert process.stdin
+    with suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(json.dumps(names))
+    return process
+
+
+def _finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    """What a process has drawn; nothing if it was ended, or failed."""
+    assert process.stdout
+    with process.stdout:
+        said = process.stdout.read()
+    return json.loads(said) if process.wait() == 0 else {}
+
+
+def _is_current(folder: Path, known: dict[str, Any] | None, source: str) -> bool:
+    return known is not None and known["source"] == source and _sums(folder, known["files"]) == known["files"]
 
 
 def _drawings(run: RunDir) -> Iterator[Drawing]:

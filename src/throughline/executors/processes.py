@@ -1,0 +1,162 @@
+"""Models side by side on the cores of this machine: each goes through its stages in a process of its own.
+
+Products of narrow models are too small to be divided between cores, and much around them (the interpreter, tables, the search for
+labels) runs on one core. So each process takes a model, with an equal share of the threads, and then the next one that waits.
+What processes make lies in the run folder: one that was killed is replaced by this process, which goes on from the checkpoint.
+"""
+
+import json
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple
+
+import throughline.errors as errors
+from throughline.errors import ThroughlineError
+from throughline.progress import Progress
+from throughline.records import Trace
+from throughline.session import Session
+
+NARROW = 256  # d_model below which one core is enough for a product
+END_SECONDS = 5.0  # that a process gets to end by itself
+Message = Mapping[str, Any]
+
+
+class SideBySide(NamedTuple):
+    """How many processes a study's models are divided among, and the threads of each."""
+
+    processes: int
+    threads: int
+
+
+def divide_cores(session: Session, widths: Mapping[str, int | None]) -> SideBySide | None:
+    """How the study's models share the cores; None if they are to go one after another.
+
+    `widths` is d_model of every model. It depends on the study and the machine alone, not on what is left to do, so that a
+    training that goes on has the threads with which it began.
+    """
+    executor, cores = session.study.executor, session.num_threads
+    if executor.kind != "local" or session.device != "cpu" or session.run.storage.is_remote:
+        return None
+    wanted = executor.processes
+    if wanted is None:
+        narrow = all(width is not None and width < NARROW for width in widths.values())
+        wanted = cores if narrow else 1
+    processes = min(wanted, cores, len(widths))
+    return SideBySide(processes, cores // processes) if processes > 1 else None
+
+
+def advance_models(
+    session: Session,
+    division: SideBySide,
+    models: Sequence[str],
+    stages: Sequence[str],
+    report: Callable[[Progress], None],
+    *,
+    force: bool = False,
+    look: str | None = None,
+    on_trace: Callable[[Trace], None] | None = None,
+) -> list[tuple[str, ThroughlineError]]:
+    """Take `models` through `stages`, in this order; returns what failed, by model.
+
+    A model whose dictionaries fail the gate goes no further, unless `force`. `on_trace` is given a trace of the prompt `look` in
+    the first model, as soon as that has labels. A process that is lost is told of; what it left undone stays so.
+    """
+    waiting, failures = deque(models), []
+    events: SimpleQueue[tuple[_Process, Message]] = SimpleQueue()
+    processes = [_Process(session, division.threads, events) for _ in range(min(division.processes, len(waiting)))]
+
+    def give(process: _Process) -> bool:
+        if not waiting:
+            process.end()
+            return False
+        model = waiting.popleft()
+        traced = look if on_trace and model == models[0] else None
+        process.do({"model": model, "stages": list(stages), "force": force, "look": traced})
+        return True
+
+    try:
+        busy = sum(give(process) for process in processes)
+        while busy:
+            process, message = events.get()
+            if "say" in message:
+                session.say(message["say"])
+            elif "progress" in message:
+                report(Progress(**message["progress"]))
+            elif "trace" in message and on_trace:
+                on_trace(Trace.model_validate(message["trace"]))
+            elif "failed" in message:
+                failures.append((message["model"], _error_of(*message["failed"])))
+            elif "done" in message:
+                session.add_seconds(message["seconds"])
+                busy -= not give(process)
+            elif "lost" in message:
+                session.say(
+                    f"{process.model}: its process was ended (out of memory, or killed); another goes on from its last checkpoint"
+                )
+                busy -= 1
+    finally:
+        for process in processes:
+            process.kill()
+    return failures
+
+
+class _Process:
+    """A process that takes one model after another; what it says is put into `events`."""
+
+    def __init__(self, session: Session, threads: int, events: "SimpleQueue[tuple[_Process, Message]]") -> None:
+        command = [sys.executable, "-m", "throughline.executors.model_process"]
+        command += [session.run.place, session.device, str(threads)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+        self.model = ""
+        self._events, self._ended = events, False
+        self._listener = Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def do(self, request: Message) -> None:
+        """Begin with a model."""
+        self.model = request["model"]
+        self._write(request)
+
+    def end(self) -> None:
+        """There is nothing more to do."""
+        self._ended = True
+        self._write({"end": True})
+
+    def kill(self) -> None:
+        """Take it away, whatever it does; one that was told to end may do so first."""
+        try:
+            self._process.wait(END_SECONDS if self._ended else 0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._listener.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                pipe.close()
+
+    def _write(self, request: Message) -> None:
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError:  # it is gone: the listener says so
+            pass
+
+    def _listen(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self._events.put((self, json.loads(line)))
+        if not self._ended:
+            self._events.put((self, {"lost": True}))
+
+
+def _error_of(kind: str, sentence: str) -> ThroughlineError:
+    """The error as it was raised in the process."""
+    found = getattr(errors, kind, ThroughlineError)
+    return found(sentence)
