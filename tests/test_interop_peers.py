@@ -16,7 +16,7 @@ from torch import Tensor
 from builders import dictionary_of
 from throughline.dictionaries.formats import FORMATS, read_foreign, saelens, write_foreign
 
-pytestmark = pytest.mark.xdist_group("peers")  # each script imports for ten seconds
+pytestmark = [pytest.mark.xdist_group("peers"), pytest.mark.slow("peers")]  # each script imports for ten seconds
 
 SCRIPTS = Path(__file__).parent / "peers"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
