@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Slow tests that were not asked for are skipped rather than left out, so that they are counted, by every worker alike."""
     wanted = set(config.getoption("slow").split(","))
     for item in items:
-        areas = {mark.args[0] for mark in item.iter_markers("slow")}
+        areas = {area for mark in item.iter_markers("slow") for area in mark.args}
         if areas and "all" not in wanted and not areas & wanted:
             item.add_marker(pytest.mark.skip(reason=f"slow: {', '.join(sorted(areas))}"))
 

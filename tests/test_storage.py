@@ -191,6 +191,12 @@ class Machine:
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._environment = os.environ | place.environment | one_thread | {"PYTHONPATH": path}
         self._environment["XDG_CACHE_HOME"] = str(cache)
+        kernels = (
+            cache / "throughline" / "kernels"
+        )  # a machine has compiled its kernels before; to do it anew takes 15 s
+        kernels.parent.mkdir(parents=True, exist_ok=True)
+        if not kernels.exists():
+            kernels.symlink_to(CACHE / "throughline" / "kernels")
         self.cache = cache
         self._started: list[subprocess.Popen[str]] = []
 
