@@ -54,15 +54,19 @@ def run(tmp_path):
     return lines
 
 
-@pytest.mark.parametrize("workers", [("-p", "no:xdist"), ("-n", "2")], ids=["alone", "workers"])
+ALONE, WORKERS = ("-p", "no:xdist"), ("-n", "2")
+SLOW_ONES, OF_PEERS = "2 slow (make test-all)", "2 need the peers' libraries (make peers)"
+
+
 @pytest.mark.parametrize(
-    ("slow", "passed", "line"),
+    ("slow", "passed", "line", "workers"),
     [
-        ("none", 2, "not run: 2 slow (make test-all), 2 need the peers' libraries (make peers)"),
-        ("page", 3, "not run: 2 need the peers' libraries (make peers), 1 slow (make test-all)"),
-        ("page,cluster", 4, "not run: 2 need the peers' libraries (make peers)"),
-        ("all", 4, "not run: 2 need the peers' libraries (make peers)"),
+        ("none", 2, f"not run: {SLOW_ONES}, {OF_PEERS}", WORKERS),
+        ("page", 3, f"not run: {OF_PEERS}, 1 slow (make test-all)", ALONE),
+        ("page,cluster", 4, f"not run: {OF_PEERS}", ALONE),
+        ("all", 4, f"not run: {OF_PEERS}", WORKERS),
     ],
+    ids=["none", "one area", "two areas", "all"],
 )
 def test_the_last_line_says_what_did_not_run(run, slow, passed, line, workers):
     *_, summary, last = run("--slow", slow, *workers)
