@@ -1,6 +1,7 @@
 # make setup   install into .venv (again only when pyproject.toml or constraints.txt change)
 # make demo    the whole pipeline on the bundled models, offline
-# make test    lint, types, tests
+# make test    lint, types, and the tests that are not slow
+# make test-all   lint, types, every test
 # make docs    write the generated parts of docs/ anew, and the page's types
 # make page    build the page of web/ into the package; needs Node 20.19 or newer
 # make bench   ours and the peers' trainings in turn, and how cost grows; on a quiet machine
@@ -9,6 +10,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadgroup
+# Areas of slow tests by commas (.ci/slow.toml), or all.
+SLOW ?= none
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -17,14 +20,15 @@ WEB_STAMP := web/node_modules/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint types docs page peers s3 bench clean
+.PHONY: setup demo test test-all tests lint types kernels docs page peers s3 bench clean
 
 setup: $(STAMP)
 
+# With PIP_OPTIONS=--no-compile Python compiles what it imports, instead of pip everything (40 s).
 # pip warns of every link directory of its configuration that is absent; nobody can act on that.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]' \
 	  2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
 	@touch $@
 
@@ -38,9 +42,20 @@ lint: $(STAMP)
 types: $(STAMP)
 	@$(BIN)/pyright --warnings > .venv/pyright.log || { cat .venv/pyright.log; exit 1; }
 
+test: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs 3 lint types kernels
+	@$(MAKE) --no-print-directory tests SLOW=$(SLOW)
+
+test-all: SLOW := all
+test-all: test
+
+# Two workers that begin with nothing compiled would compile the same at once.
+kernels: $(STAMP)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/warm_kernels.py
+
 # Each worker computes with one thread, so that two do not crowd each other out; a group shares what it set up.
-test: $(STAMP) lint types
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+tests: $(STAMP)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --slow $(SLOW) $(PYTEST_ARGS)
 
 docs: $(STAMP) $(WEB_STAMP)
 	@$(BIN)/python docs/generate.py
@@ -65,9 +80,9 @@ peers: $(PEERS_STAMP)
 
 $(PEERS_STAMP): tests/peers/requirements.txt
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $< \
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -r $< \
 	  2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 \
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps dictionary-learning==0.1.0 \
 	  2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
 	@touch $@
 
@@ -79,7 +94,7 @@ s3: $(S3_STAMP)
 
 $(S3_STAMP): tests/s3/requirements.txt $(STAMP)
 	@rm -rf $(S3)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(S3) -r $< \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --target $(S3) -r $< \
 	  -c <(grep -v '^python-dateutil==' constraints.txt) 2> >(sed '/^WARNING: Location .* is ignored/d' >&2)
 	@touch $@
 

@@ -310,6 +310,7 @@ def wait_for_a_checkpoint(process: subprocess.Popen, state: Path, seconds: float
         time.sleep(0.01)
 
 
+@pytest.mark.slow("faults")
 def test_a_training_that_is_killed_again_and_again_gives_the_same_files(tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
     undisturbed = start(tmp_path, "undisturbed")

@@ -71,6 +71,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow("faults")
 def test_a_full_disk_is_said_and_nothing_finished_is_lost(mounts, folder, expected):
     """Room for the first model's dictionary, not for the second's checkpoints."""
     said = sh(
@@ -106,6 +107,7 @@ def test_a_folder_that_cannot_be_written_is_said(mounts, folder):
     assert said.err == "throughline: disk/run: Read-only file system\n"
 
 
+@pytest.mark.slow("faults")
 def test_a_run_that_can_only_be_read_is_read_and_kept(mounts, folder, expected):
     said = sh(
         folder,

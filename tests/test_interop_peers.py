@@ -6,6 +6,7 @@ The libraries live in the environment of `make peers`; scripts in tests/peers ru
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from builders import dictionary_of
 from throughline.dictionaries.formats import FORMATS, read_foreign, saelens, write_foreign
 
-pytestmark = pytest.mark.xdist_group("peers")  # each script imports for ten seconds
+pytestmark = [pytest.mark.xdist_group("peers"), pytest.mark.slow("peers")]  # each script imports for ten seconds
 
 SCRIPTS = Path(__file__).parent / "peers"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -60,6 +61,11 @@ HUB = "blocks.3.hook_resid_post"
 
 
 def run_script(name: str, folder: Path) -> None:
+    if coming := os.environ.get(
+        "THROUGHLINE_PEERS_COMING"
+    ):  # .ci/run installs them meanwhile, and makes this file at the end
+        while not Path(coming).exists():
+            time.sleep(0.2)
     if not (PEERS / ".installed").is_file():
         pytest.skip(f"the other projects' libraries are not in {PEERS}; `make peers` installs them")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -113,7 +113,7 @@ def addresses(client: Client) -> list[str]:
 # ---- every view
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow("page"))])
 @pytest.mark.parametrize("home", HOMES)
 def test_every_view_opens_fits_and_is_accessible(browser, homes, home, scheme):
     for address in addresses(homes.client):
@@ -435,6 +435,7 @@ def end(process: subprocess.Popen) -> None:
     process.stderr.close()
 
 
+@pytest.mark.slow("page")
 def test_a_server_killed_during_a_trace_and_started_again(browser, homes):
     folder = homes.run.root
     before = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}

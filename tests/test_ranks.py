@@ -166,7 +166,7 @@ def alone(tmp_path_factory) -> tuple[Found, list[Progress], Path]:
     return *run_keeping(ALONE, folder), folder / "rank_0"
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow("ranks"))])
 def together(request, tmp_path_factory) -> tuple[list[tuple[Found, list[Progress]]], Path]:
     """Of two processes and of three, who have shares of 22, 21 and 21 tokens; and the folder with their checkpoints."""
     folder = tmp_path_factory.mktemp("together")

@@ -61,6 +61,7 @@ def as_it_should(found: Outcome, expected: dict[str, str]) -> None:
     assert found.restarts, found.said
 
 
+@pytest.mark.slow("cluster")
 def test_a_worker_and_then_the_driver_are_killed(cluster, expected, tmp_path):
     training = Training(STUDY, tmp_path / "training", cluster.address)
     driver = training.start()
@@ -81,6 +82,7 @@ def test_a_worker_and_then_the_driver_are_killed(cluster, expected, tmp_path):
     assert not (training.run.root / "driver.json").exists()
 
 
+@pytest.mark.slow("cluster")
 def test_a_node_is_taken_away(cluster, expected, tmp_path):
     training = Training(STUDY, tmp_path / "training", cluster.address)
     kill_node(training, cluster)
@@ -145,6 +147,7 @@ def test_a_cluster_that_is_not_there(tmp_path):
     assert training.said.count("\n") == 1
 
 
+@pytest.mark.slow("cluster")
 def test_a_cluster_on_this_machine_is_gone_at_the_end_and_after_an_interruption(tmp_path):
     training = Training(STUDY | {"executor": {"cpus": 1, "kind": "ray"}}, tmp_path / "training")
     driver = training.start()

@@ -168,7 +168,7 @@ def server(libraries, tmp_path_factory) -> Iterator[str]:
     log.close()
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.slow("storage"))])
 def place(request, tmp_path):
     """Where the run lies, and an environment for processes that reach it."""
     if request.param == "file":
@@ -191,6 +191,12 @@ class Machine:
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._environment = os.environ | place.environment | one_thread | {"PYTHONPATH": path}
         self._environment["XDG_CACHE_HOME"] = str(cache)
+        kernels = (
+            cache / "throughline" / "kernels"
+        )  # a machine has compiled its kernels before; to do it anew takes 15 s
+        kernels.parent.mkdir(parents=True, exist_ok=True)
+        if not kernels.exists():
+            kernels.symlink_to(CACHE / "throughline" / "kernels")
         self.cache = cache
         self._started: list[subprocess.Popen[str]] = []
 
@@ -341,6 +347,7 @@ def test_a_run_has_one_driver_and_a_block_one_worker(place, machine, study):
     assert not trained(place) and json.loads(place.read(CLAIM))["token"] == "theirs"
 
 
+@pytest.mark.slow("cluster")
 @farthest
 def test_a_training_on_ray_goes_on_at_the_url_when_a_worker_dies(place, machine, on_ray, expected_of_longer):
     process = machine("one").start("train", on_ray, "--out", place.url, "--device", "cpu")
@@ -394,6 +401,7 @@ class Wire(threading.Thread):
                     end.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow("storage")
 def test_a_lost_network_stops_the_training_and_loses_nothing(server, libraries, study, expected, start_machine):
     wire = Wire(server)
     place = Bucket(wire.address, f"bucket-{time.time_ns()}")
@@ -416,6 +424,7 @@ def test_a_lost_network_stops_the_training_and_loses_nothing(server, libraries, 
 # ---- wrong URLs
 
 
+@pytest.mark.slow("storage")
 def test_wrong_buckets_are_refused(server, libraries, study, start_machine):
     bucket = Bucket(server, f"bucket-{time.time_ns()}")
     with_s3, without = start_machine("one", bucket, libraries), start_machine("two", bucket, "")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numba import njit
 
 from throughline.dictionaries import Dictionary
 from throughline.harvesting import harvest, tokens_of_a_pass
+from throughline.kernel_cache import njit
 from throughline.models import LanguageModel
 from throughline.models.language_model import quiet_transformers
 from throughline.pools import spread
@@ -207,7 +207,7 @@ def encode_csr(dictionary: Dictionary, x_ND: torch.Tensor) -> sp.csr_array:
     return sp.csr_array((values.astype(np.float32), features, starts), shape=(len(x_ND), dictionary.d_sae))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _compress(f_NF: Any) -> tuple[Any, Any, Any]:
     """How many features are not zero at each token, which, and their values."""
     count_N = np.zeros(len(f_NF), np.int64)

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numba import njit
 from torch import Tensor
+
+from throughline.kernel_cache import njit
 
 LARGEST = np.finfo(np.float32).max
 
@@ -24,7 +25,7 @@ def keep_top(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F"]:
     return torch.zeros_like(pre_NF).scatter_(1, features, values.relu())
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _keep_top(pre_NF: Any, k: int, out_NF: Any) -> None:
     """A limit is moved until k entries lie above it; each look at a row is one pass without branches."""
     guess = np.float32(0)
@@ -48,7 +49,7 @@ def _keep_top(pre_NF: Any, k: int, out_NF: Any) -> None:
             out_F[f] = np.float32(0) if dropped else value
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(nogil=True, error_model="numpy", inline="always")
 def _count(row_F: Any, limit: Any) -> Any:
     count = np.int32(0)
     for f in range(len(row_F)):
@@ -56,7 +57,7 @@ def _count(row_F: Any, limit: Any) -> Any:
     return count
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _limit(row_F: Any, k: int, guess: Any) -> tuple[Any, int]:
     """A limit of at least 0 with k entries above it, or all positive ones if they are fewer; more only if they are equal."""
     zero, infinity = np.float32(0), np.float32(np.inf)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from numba import njit
 
+from throughline.kernel_cache import njit
 from throughline.labelers.scoring import THRESHOLDS, active_above
 from throughline.labelers.vocabulary import FAMILIES, Predicates
 
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
         return Choice(*(a[self.low >= 0] for a in self))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def lowest_f1(together: float, num_active: float, num_positive: float) -> float:
     """F1 as low as it may well be on another text, given how few tokens it was counted on."""
     either, z2 = num_active + num_positive - together, CAUTION**2
@@ -84,7 +84,7 @@ def choose_predicates(features: sp.csr_array, predicates: Predicates, maxima_F: 
     return by_feature, by_family
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _search(
     together_AL: Any, starts: Any, cells: Any, num_active_L: Any, positive_C: Any, families_C: Any, num_families: int
 ) -> Any:

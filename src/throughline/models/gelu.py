@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
+
+from throughline.kernel_cache import njit
 
 
 class TanhGELU(nn.GELU):
@@ -46,7 +47,7 @@ def _table() -> np.ndarray:
     return nn.functional.gelu(numbers, approximate="tanh").view(torch.int16).numpy()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _look_up(bits: Any, table: Any, out: Any) -> None:
     for i in range(bits.size):
         out[i] = table[bits[i]]

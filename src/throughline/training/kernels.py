@@ -18,8 +18,8 @@ so results depend on neither threads nor timing. NaN and infinity keep their mea
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from throughline.kernel_cache import njit
 from throughline.training.lanes import COMPILED, LANES, count_above, entries_above, keep_above, narrow, number
 
 MOST_GUESSES = 12  # of the limit of a row; what is too much then goes one by one

@@ -8,16 +8,17 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from throughline.kernel_cache import njit
 
 # Reassociation lets sums be vectorised; NaN and infinity are left alone, since training must notice them.
 # A call that is not inlined goes to whichever copy of the function the process loaded first, and each caller's copy may
 # round differently: bits would depend on whether this process compiled or read what an earlier one compiled.
 COMPILED: Any = {
     "nogil": True,
-    "cache": True,
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "nsz"},
     "forceinline": True,

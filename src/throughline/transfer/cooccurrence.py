@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from numba import njit
 
+from throughline.kernel_cache import njit
 from throughline.transfer.prefetching import prefetch
 
 # The sums of a few source features and the target's features for a block of tokens are to stay in a core's cache together.
@@ -204,7 +204,7 @@ class Grouped(NamedTuple):
 # ---- compiled
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _counts(rows_N: Any, starts_R: Any, features_A: Any, F: int) -> Any:
     count_F = np.zeros(F, np.int64)
     for row in rows_N:
@@ -213,7 +213,7 @@ def _counts(rows_N: Any, starts_R: Any, features_A: Any, F: int) -> Any:
     return count_F
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _transposed(rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F: Any, starts_U: Any) -> Any:
     tokens, values, next_U = np.empty(starts_U[-1], np.uint32), np.empty(starts_U[-1], np.float32), starts_U.copy()
     for n in range(len(rows_N)):
@@ -225,7 +225,7 @@ def _transposed(rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, numb
     return tokens, values
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _gather(
     rows_N: Any, starts_R: Any, features_A: Any, values_A: Any, number_F: Any, padding: int, nothing: Any
 ) -> Any:
@@ -249,7 +249,7 @@ def _gather(
     return starts_N, features_B, values_B
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _tokens_of(starts_N: Any, features_B: Any, place_V: Any, places: Any) -> Any:
     tokens, next_W = np.empty(places[-1], np.uint32), places.copy()
     for n in range(len(starts_N) - 1):
@@ -261,7 +261,7 @@ def _tokens_of(starts_N: Any, features_B: Any, place_V: Any, places: Any) -> Any
     return tokens
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _moments_of_columns(starts_U: Any, tokens_A: Any, values_A: Any, is_met_N: Any, cuts: Any) -> Any:
     C, U = len(cuts), len(starts_U) - 1
     counts, sums, squares = np.zeros((C, U), np.int64), np.zeros((C, U)), np.zeros((C, U))
@@ -279,7 +279,7 @@ def _moments_of_columns(starts_U: Any, tokens_A: Any, values_A: Any, is_met_N: A
     return counts, sums, squares
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _moments_of_rows(starts_N: Any, features_B: Any, values_B: Any, V: int, cuts: Any) -> Any:
     C, begin = len(cuts), 0
     counts, sums, squares = np.zeros((C, V + 1), np.int64), np.zeros((C, V + 1)), np.zeros((C, V + 1))
@@ -295,7 +295,7 @@ def _moments_of_rows(starts_N: Any, features_B: Any, values_B: Any, V: int, cuts
     return counts[:, :V].copy(), sums[:, :V].copy(), squares[:, :V].copy()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sums_of_columns(starts_U: Any, tokens_A: Any, values_A: Any, group_N: Any, num_groups: int) -> Any:
     sums_UG = np.zeros((len(starts_U) - 1, num_groups))
     for u in range(len(starts_U) - 1):
@@ -304,7 +304,7 @@ def _sums_of_columns(starts_U: Any, tokens_A: Any, values_A: Any, group_N: Any, 
     return sums_UG
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sums_of_rows(starts_N: Any, features_B: Any, values_B: Any, V: int, group_N: Any, num_groups: int) -> Any:
     sums_VG = np.zeros((V + 1, num_groups))
     for n in range(len(starts_N) - 1):
@@ -313,13 +313,13 @@ def _sums_of_rows(starts_N: Any, features_B: Any, values_B: Any, V: int, group_N
     return sums_VG[:V].copy()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _tokens_of_a_block(starts_N: Any) -> int:
     """How many tokens' target features fit into the cache."""
     return max(1, (len(starts_N) - 1) * BLOCK_BYTES // max(1, 6 * GROUP * starts_N[-1]))
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, inline="always")
 def _fetch(features_B: Any, values_B: Any, group: Any) -> None:
     b = np.uint64(GROUP * group)
     prefetch(features_B, b)
@@ -327,12 +327,12 @@ def _fetch(features_B: Any, values_B: Any, group: Any) -> None:
     prefetch(values_B, b + np.uint64(16))
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, inline="always")
 def _pearson(product: Any, num: Any, mean_u: Any, mean_v: Any, scale_u: Any, scale_v: Any) -> Any:
     return (product / num - mean_u * mean_v) * scale_u * scale_v
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _relate(
     starts_U: Any,
     tokens_A: Any,
@@ -412,7 +412,7 @@ def _relate(
     return strong[:num_strong]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _best_by_chance(
     starts_U: Any,
     tokens_A: Any,

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from throughline.kernel_cache import njit
 from throughline.transfer.cooccurrence import Related, SourceFeatures, TargetTokens
 
 STRENGTH = 0.999
@@ -82,7 +82,7 @@ def _fit(kind: int, child: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     return either_and_child / (len(a) + len(b) - both + len(child) - either_and_child)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _overlaps(a: Any, b: Any, child: Any) -> tuple[int, int, int, int]:
     """Sizes of a & b, a & b & child, a & child, b & child, all ascending."""
     both, all_three, a_child, b_child, j, k = 0, 0, 0, 0, 0, 0
