@@ -109,21 +109,22 @@ class Training:
     def __init__(self, study: dict[str, Any], folder: Path, address: str | None = None) -> None:
         executor = study["executor"] | ({"kind": "ray", "address": address} if address else {})
         folder.mkdir(parents=True)
-        self.run, self._study, self._log = RunDir(folder / "run"), folder / "study.yaml", folder / "log.txt"
+        self.run, self.log = RunDir(folder / "run"), folder / "log.txt"
         self.kept: list[Kept] = []
-        self._study.write_text(yaml.safe_dump(study | {"executor": executor}))
+        (folder / "study.yaml").write_text(yaml.safe_dump(study | {"executor": executor}))
+        command = ["train", folder / "study.yaml", "--out", self.run.root, "--resume", "--device", "cpu"]
+        self.command = [str(part) for part in command]
 
     def start(self) -> subprocess.Popen:
         """The driver."""
-        command = [sys.executable, "-m", "throughline", "train", self._study, "--out", self.run.root, "--resume"]
-        with self._log.open("a") as log:
-            arguments = [str(part) for part in [*command, "--device", "cpu"]]
+        with self.log.open("a") as log:
+            arguments = [sys.executable, "-m", "throughline", *self.command]
             return subprocess.Popen(arguments, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
 
     @property
     def said(self) -> str:
         """What all drivers said."""
-        return self._log.read_text() if self._log.exists() else ""
+        return self.log.read_text() if self.log.exists() else ""
 
     def jobs(self) -> list[JobState]:
         """Jobs that run now and have a checkpoint to go on from."""

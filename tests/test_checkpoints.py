@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builders import planted_layers
+from commands import Command
+from commands import start as start_command
 from throughline.dictionaries import Dictionary
 from throughline.study import DictionarySpec, TrainingSpec
 from throughline.training import checkpoints as module
@@ -280,14 +280,14 @@ STUDY = {
     "dictionary": {"d_sae": 48, "k": 6, "per_layer": {4: {"architecture": "gated", "l1": 0.5}}},
     "training": {"tokens": 14_000, "epochs": 2, "batch_tokens": 128, "checkpoint_minutes": 0, "ceiling_seeds": 1},
 }
-# The command line with smaller chunks, so that a short training has many checkpoints; benchmarks/kill_resume.py has the usual ones.
-COMMAND = "from throughline.training import chunks; chunks.MOST_TOKENS = 2048; from throughline.cli import main; main()"
+# Smaller chunks, so that a short training has many checkpoints; benchmarks/kill_resume.py has the usual ones.
+CHUNKS = {"throughline.training.chunks.MOST_TOKENS": 2048}
 
 
-def start(folder: Path, out: str) -> subprocess.Popen:
+def start(folder: Path, out: str) -> Command:
     arguments = ["train", folder / "study.yaml", "--out", folder / out, "--device", "cpu", "--resume", "--quiet"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, arguments)], env=environment)
+    return start_command(*arguments, env=environment, stdout=None, stderr=None, constants=CHUNKS)
 
 
 def hashes(run_folder: Path) -> dict[str, str]:
@@ -297,7 +297,7 @@ def hashes(run_folder: Path) -> dict[str, str]:
     }
 
 
-def wait_for_a_checkpoint(process: subprocess.Popen, state: Path, seconds: float = 60) -> None:
+def wait_for_a_checkpoint(process: Command, state: Path, seconds: float = 60) -> None:
     """Until the process has written one of its own."""
     before = state.stat().st_mtime_ns if state.exists() else None
     end = time.monotonic() + seconds

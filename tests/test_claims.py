@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from kill_cluster import ENVIRONMENT
 
+from commands import Command, start
 from throughline import claims
 from throughline.claims import hold, take
 from throughline.errors import HeldError, TrainingError
@@ -24,11 +23,8 @@ training: {tokens: 4000000, batch_tokens: 128}
 """
 
 
-def train(folder, *more):
-    command = [sys.executable, "-m", "throughline", "train", str(folder / "study.yaml"), "--out", str(folder / "run")]
-    return subprocess.Popen(
-        [*command, *more], env=os.environ | ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+def train(folder, *more) -> Command:
+    return start("train", folder / "study.yaml", "--out", folder / "run", *more, env=os.environ | ENVIRONMENT)
 
 
 @pytest.fixture

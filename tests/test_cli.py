@@ -212,7 +212,7 @@ def test_other_folders_and_files_are_never_written_into(say, tmp_path):
     assert snapshot(tmp_path) == {"study.yaml": study.read_bytes()}
 
 
-def test_a_real_process_behaves_alike(tmp_path):
+def test_a_real_process_behaves_alike(tmp_path):  # a fresh one: nothing heavy is imported
     study = written_study(tmp_path, trainng={})
     command = [sys.executable, "-m", "throughline", "train", str(study), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

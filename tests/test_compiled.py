@@ -232,7 +232,7 @@ print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in weights(one).values()
 def test_bits_do_not_depend_on_which_process_compiled(tmp_path, kept_at):
     """The first one compiles, the second reads what the first left; features die, so that every kernel is at work."""
     environment = os.environ | {kept_at: str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", TRAINING]
+    command = [sys.executable, "-c", TRAINING]  # fresh interpreters: where numba keeps kernels is read at import
     found = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
     assert list(tmp_path.rglob("kernels.steps_topk-*.nbc"))
     assert found[0].stdout == found[1].stdout

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ import polars as pl
 import pytest
 import yaml
 
+import commands
 from served_model import PARITY, Proxy, arithmetic_model, chat_reply, cut_off, respond, serve_models
 from throughline import api
 from throughline.asking import Asking
@@ -285,14 +285,14 @@ def test_a_model_that_sees_too_little_says_so(run, served):
 
 def test_a_killed_process_goes_on_without_asking_again(run, served, proxy, undisturbed, tmp_path):
     killed_at = 30
-    command = [sys.executable, "-m", "throughline", "label", str(run), "--yes", "--device", "cpu"]
+    command = ["label", run, "--yes", "--device", "cpu"]
     study = parse_study(
         STUDY | {"features": {"labelers": ["concepts", "tokens", "llm"], "llm": asking(proxy.base_url, served[1])}}
     )
     (run / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
     proxy.fault = lambda number, body: (lambda h: proxy.stop.wait(30)) if number == killed_at else None
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = commands.start(*command, stdout=log, stderr=log, start_new_session=True)
         while len(proxy.asked) < killed_at and process.poll() is None:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)

@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from urllib.parse import quote
 
 import pytest
 
+import commands
 from browsing import Tab, open_browser, tab
 from synthetic_run import HOSTILE, MODELS, build_run, make_trace
 from test_serving import Client, served
@@ -386,10 +385,10 @@ def test_models_are_compared_live(browser, homes):
 
 def test_training_is_watched_while_another_process_trains(browser, homes, tmp_path):
     preset = Path(api.__file__).parent / "presets" / "demo.yaml"
-    command = [sys.executable, "-m", "throughline", "train", str(preset), "--out", str(tmp_path / "run"), "--quiet"]
+    command = ["train", preset, "--out", tmp_path / "run", "--quiet"]
     command += ["--set", "models=[{path: zoo/pythia, layers: [0, 1, 2]}]", "--set", "training.tokens=40000"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with commands.start(*command, stdout=None, env=environment) as process:
         try:
             until = time.monotonic() + 120
             while not (tmp_path / "run" / "run.json").is_file():
@@ -416,10 +415,9 @@ def test_training_is_watched_while_another_process_trains(browser, homes, tmp_pa
             process.kill()
 
 
-def start(run: Path, port: int = 0) -> tuple[subprocess.Popen, int]:
+def start(run: Path, port: int = 0) -> tuple[commands.Command, int]:
     """The command itself, and where it listens."""
-    command = [sys.executable, "-m", "throughline", "serve", str(run), "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = commands.start("serve", run, "--port", port, "--device", "cpu", stdout=None)
     assert process.stderr is not None
     line = process.stderr.readline()
     found = re.search(r":(\d+)/", line)
@@ -427,7 +425,7 @@ def start(run: Path, port: int = 0) -> tuple[subprocess.Popen, int]:
     return process, int(found[1])
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: commands.Command) -> None:
     """Kill it, whatever it does, and let its pipe go."""
     process.kill()
     process.wait()

@@ -155,6 +155,7 @@ def test_ten_thousand_dictionaries_on_256_devices(seed98):
 
 
 def test_placing_needs_no_torch():
+    # a fresh interpreter: what it imports is the point
     code = "import sys, throughline.planning.placing; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

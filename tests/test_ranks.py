@@ -1,6 +1,5 @@
 """Ranks: two and three real processes train as one does, from the text on, and stop together when one cannot go on."""
 
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from builders import CONTEXT, planted_layers, random_documents, tiny_model, word_pieces
+from commands import forking
 from throughline.dictionaries import Dictionary, auxk
 from throughline.dictionaries.batch_topk import keep_largest
 from throughline.errors import InputError, TrainingError
@@ -43,9 +43,9 @@ Found = dict[int, Dictionary]
 def spread(num_ranks: int, folder: Path, work: Callable[..., Any], *given: Any) -> list[Any]:
     """What `work(ranks, *given)` returns, or raises, in each of so many processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "transformers", "throughline.codes", "throughline.training.processes"])
-    processes = [context.Process(target=_take_part, args=(r, num_ranks, folder, work, given)) for r in range(num_ranks)]
+    processes = [
+        forking().Process(target=_take_part, args=(r, num_ranks, folder, work, given)) for r in range(num_ranks)
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -6,22 +6,23 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import kill_cluster
 import pytest
 import torch
 from kill_cluster import (
+    ENVIRONMENT,
     Outcome,
-    Training,
     hashes_of,
     kill_node,
     look_at,
     nodes,
 )
 
+import commands
 from builders import tiny_model
 from throughline.dictionaries import Dictionary, load_dictionary
 
@@ -38,6 +39,15 @@ SHORT: dict[str, Any] = STUDY | {
     "training": {"tokens": 5120, "batch_tokens": 128, "precision": "float32", "lr": 0.003},
 }
 pytestmark = pytest.mark.xdist_group("ray")
+
+
+class Training(kill_cluster.Training):
+    """A training whose drivers begin with everything imported."""
+
+    def start(self) -> commands.Command:
+        """The driver."""
+        with self.log.open("a") as log:
+            return commands.start(*self.command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +131,8 @@ def test_a_job_that_fails_twice_for_one_reason_is_failed_and_the_others_are_done
     assert training.run.trained_layers("zoo/gpt2") == [0, 2]
     assert "it is tried once more" in training.said
     assert training.said.splitlines()[-1].startswith("throughline: broken layers 0-2: ")
-    command = [sys.executable, "-m", "throughline", "status", training.run.root]
-    status = subprocess.run(command, capture_output=True, text=True, check=True)
+    status = commands.run("status", training.run.root)
+    assert status.returncode == 0, status.stderr
     assert "broken layers 0-2 failed: " in status.stdout
 
 

@@ -868,6 +868,7 @@ def test_the_command_refuses_what_it_cannot_serve(refused, made_up, tmp_path):
 
 
 def test_the_command_serves_without_torch_says_where_and_ends_with_ctrl_c(made_up):
+    # a fresh interpreter: what it imports is the point
     code = (
         "import sys\nfrom throughline.cli import main\ntry:\n    main(sys.argv[1:])\n"
         "finally:\n    sys.stderr.write('torch' * ('torch' in sys.modules))"

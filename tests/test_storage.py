@@ -24,6 +24,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from commands import Command, start
 from throughline import api, claims, mirror
 from throughline.cli import main
 from throughline.errors import HeldError, InputError, TrainingError
@@ -53,7 +54,7 @@ BLOCK = ("zoo/pythia", [0, 1])
 LONGEST_SECONDS = 300.0
 
 
-def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[str] | None" = None) -> None:
+def wait_until(condition: Callable[[], Any], process: Command | None = None) -> None:
     """Until it holds; the process that is to bring it about must not end before."""
     until = time.monotonic() + LONGEST_SECONDS
     while not condition():
@@ -198,17 +199,12 @@ class Machine:
         if not kernels.exists():
             kernels.symlink_to(CACHE / "throughline" / "kernels")
         self.cache = cache
-        self._started: list[subprocess.Popen[str]] = []
+        self._started: list[Command] = []
 
-    def start(self, *arguments: object, patience: float = 60.0) -> "subprocess.Popen[str]":
+    def start(self, *arguments: object, patience: float = 60.0) -> Command:
         """A command that runs."""
-        code = (
-            f"import throughline.mirror as m; m.PATIENCE_SECONDS = {patience}; from throughline.cli import main; main()"
-        )
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        process = subprocess.Popen(
-            command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        constants = {"throughline.mirror.PATIENCE_SECONDS": patience}
+        process = start(*arguments, env=self._environment, constants=constants)
         self._started.append(process)
         return process
 

@@ -4,16 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 import yaml
 from kill_cluster import ENVIRONMENT
 
+import commands
 from throughline import api
 from throughline.run_dir import RunDir
 
@@ -80,16 +80,14 @@ def run(evaluated, tmp_path) -> Path:
 
 
 def command(run: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "throughline", "transfer", str(run), "--device", "cpu", *arguments]
+    return ["transfer", str(run), "--device", "cpu", *arguments]
 
 
-def transfer(run: Path, *arguments: str, modules: Path | None = None) -> subprocess.CompletedProcess:
+def transfer(run: Path, *arguments: str, modules: Path | None = None) -> CompletedProcess[str]:
     """What the command says; it finds other modules in `modules`."""
     found = [os.environ.get("PYTHONPATH", ""), str(modules or "")]
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, found))}
-    return subprocess.run(
-        command(run, *arguments), env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return commands.run(*command(run, *arguments), env=environment, timeout=120)
 
 
 def transfers(run: Path) -> dict[str, bytes]:
@@ -103,7 +101,7 @@ def transfers(run: Path) -> dict[str, bytes]:
 
 def kill_when(run: Path, pattern: str) -> dict[Path, int]:
     """Start a transfer and kill it once there is such a file; the transfer steps noted by then, and when that was."""
-    process = subprocess.Popen(command(run, "--quiet"), env=os.environ | ENVIRONMENT)
+    process = commands.start(*command(run, "--quiet"), env=os.environ | ENVIRONMENT, stdout=None, stderr=None)
     while not list(run.glob(pattern)):
         assert process.poll() is None
         time.sleep(0.001)
