@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from trained import made_once as made_once
+from trained import trained as trained
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
