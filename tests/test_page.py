@@ -30,8 +30,10 @@ pytestmark = pytest.mark.xdist_group("page")
 
 HOMES = ("report", "served")
 PROMPT = "What is 15 + 27?"
+# those whose transfer is looked at have three
+LAYERS = {"gpt2": [0, 1, 2], "phi": [0], "pythia": [0, 1, 2], "gemma": [0]}
 SETTINGS = (
-    f"models=[{', '.join(f'{{path: zoo/{name}, layers: [0, 1, 2]}}' for name in ('gpt2', 'phi', 'pythia', 'gemma'))}]",
+    f"models=[{', '.join(f'{{path: zoo/{name}, layers: {layers}}}' for name, layers in LAYERS.items())}]",
     "training.tokens=60000",
     "evaluation.tokens=10000",
     "evaluation.sample_tokens=4000",
