@@ -3,7 +3,7 @@
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,15 @@ ARGUMENTS = [
 ]
 AXE = Path(__file__).resolve().parents[1] / "web" / "node_modules" / "axe-core" / "axe.min.js"
 SERIOUS = ("serious", "critical")
+# axe's rules that look at colours, of those that it has switched on
+OF_COLORS = ("color-contrast", "link-in-text-block")
+# Another view of the page that is open. The page's own listener is older, so when ours is called, the new view is there or is
+# being loaded.
+MOVE = """hash => new Promise(done => {
+    if (location.hash === hash) return done();
+    addEventListener("hashchange", () => setTimeout(done), {once: true});
+    location.hash = hash;
+})"""
 
 
 @contextmanager
@@ -60,8 +69,11 @@ class Tab:
             self.foreign.append(url)
 
     def open(self, address: str = "overview") -> Any:
-        """A view by its address; waits until it has its heading and nothing loads any more."""
-        self.page.goto(f"{self.home}#/{address}")
+        """A view by its address; waits until it has its heading and nothing loads any more. The page itself is loaded once."""
+        if self.page.url.partition("#")[0] == self.home:
+            self.page.evaluate(MOVE, f"#/{address}")
+        else:
+            self.page.goto(f"{self.home}#/{address}")
         self.settle()
         return self.page
 
@@ -90,12 +102,14 @@ class Tab:
         wide = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{self.page.url} is {wide} pixels too wide"
 
-    def require_accessible(self) -> None:
-        """axe-core finds no serious violation."""
+    def require_accessible(self, rules: Sequence[str] = ()) -> None:
+        """axe-core finds no serious violation, of these rules or of all that it has switched on."""
         if not AXE.is_file():
             pytest.skip("axe-core is not installed: `make page` installs it")
-        self.page.evaluate(AXE.read_text(encoding="utf-8"))
-        found = self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        if self.page.evaluate("typeof axe") == "undefined":
+            self.page.evaluate(AXE.read_text(encoding="utf-8"))
+        options = {"resultTypes": ["violations"]} | ({"runOnly": list(rules)} if rules else {})
+        found = self.page.evaluate("options => axe.run(document, options)", options)
         wrong = [
             f"{v['id']}: {node['html'][:200]} ({node['failureSummary'][:200]})"
             for v in found["violations"]

@@ -40,6 +40,8 @@ from throughline.records import (
     TransferResult,
     Verification,
 )
+from throughline.report.bundle import render_page
+from throughline.report.contents import collect
 from throughline.run_dir import RunDir
 from throughline.study import parse_study
 
@@ -635,3 +637,11 @@ def build_run(
     if "analysis" in parts:
         run.write_record("analysis.json", make_analysis(models))
     return run
+
+
+def write_page(run: RunDir) -> Path:
+    """The report's page without the figures beside it, which take longer."""
+    path = run.report_folder() / "index.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(render_page(run.study().name, collect(run)).encode("utf-8", "backslashreplace"))
+    return path

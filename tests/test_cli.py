@@ -1,6 +1,6 @@
 """The command line: what each command prints, what it says of wrong input, and what it leaves behind.
 
-One tiny run serves all tests; they run in one worker, so that it is made once.
+One tiny run serves all tests.
 """
 
 import json
@@ -28,38 +28,22 @@ from throughline.tokens import encode_prompt
 from throughline.tracing import read_prompts
 from throughline.tracing.answer import find_answer, spell
 from throughline.tracing.texts import find_subject
-
-pytestmark = pytest.mark.xdist_group("cli")
+from trained import TWO_MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPT = "What is 15 + 27?"
+STUDY = TWO_MODELS
+PROMPT = STUDY["trace"]["prompts"][0]
 COMMANDS = (
     "demo init run plan train status evaluate features label transfer report serve trace compare import export".split()  # noqa: SIM905
 )
 FUNCTIONS = {"import": "import_sae", "export": "export_sae"}  # import is a word of Python's own
-LENIENT = {"max_l0_share": 1.0, "max_fvu": 1.0, "min_ce_recovered": 0.0, "max_dead": 1.0}
-STUDY = {
-    "name": "tiny",
-    "models": [{"path": "zoo/pythia", "layers": [0, 1]}, {"path": "zoo/gpt2", "layers": [0, 1]}],
-    "data": {"path": "zoo/arithmetic", "context": 64},
-    "dictionary": {"architecture": "topk", "d_sae": 64, "k": 8},
-    "training": {"tokens": 6000, "batch_tokens": 64},
-    "gate": LENIENT,
-    "evaluation": {"tokens": 2000, "spliced_tokens": 600, "sample_tokens": 1000},
-    "features": {"contexts": 2},
-    "transfer": {"min_count": 5},
-    "trace": {"prompts": [PROMPT], "features": 3, "answer_tokens": 4},
-}
 LONG_PROMPT = "What is " + "1 " * 90
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
+def tiny(trained) -> Path:
     """A whole run of STUDY, not to be changed; its study file lies beside it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    api.run(folder / "study.yaml", folder / "run", device="cpu")
-    return folder / "run"
+    return trained(STUDY, "run")
 
 
 @pytest.fixture

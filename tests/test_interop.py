@@ -380,13 +380,9 @@ MODEL, WIDTH = "zoo/gpt2", 160
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
+def tiny(trained) -> Path:
     """A run of two layers, trained and evaluated, not to be changed; its study file lies beside it."""
-    folder = tmp_path_factory.mktemp("interop")
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    api.train(folder / "study.yaml", folder / "run", device="cpu")
-    api.evaluate(folder / "run", device="cpu")
-    return folder / "run"
+    return trained(STUDY, "evaluate")
 
 
 @pytest.fixture
@@ -421,9 +417,6 @@ def one_line(result: tuple[int, str, str]) -> str:
     code, out, err = result
     assert (code, out, err.count("\n")) == (2, "", 1), err
     return err
-
-
-pytestmark = pytest.mark.xdist_group("interop")
 
 
 def test_an_imported_layer_is_done_and_not_trained_again(say, copy, foreign):

@@ -61,12 +61,9 @@ def proxy(served):
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory) -> Path:
+def labelled(trained) -> Path:
     """A run with labels of tokens alone, not to be changed."""
-    folder = tmp_path_factory.mktemp("asked")
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    api.run(folder / "study.yaml", folder / "run", device="cpu")
-    return folder / "run"
+    return trained(STUDY, "label")
 
 
 @pytest.fixture

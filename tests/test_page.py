@@ -18,12 +18,10 @@ from urllib.parse import quote
 import pytest
 
 import commands
-from browsing import Tab, open_browser, tab
-from synthetic_run import HOSTILE, MODELS, build_run, make_trace
+from browsing import OF_COLORS, Tab, open_browser, tab
+from synthetic_run import HOSTILE, MODELS, build_run, make_trace, write_page
 from test_serving import Client, served
 from throughline import api
-from throughline.report.bundle import render_page
-from throughline.report.contents import collect
 from throughline.run_dir import RunDir
 from throughline.serving.app import Serving
 
@@ -31,8 +29,10 @@ pytestmark = pytest.mark.xdist_group("page")
 
 HOMES = ("report", "served")
 PROMPT = "What is 15 + 27?"
+# those whose transfer is looked at have three
+LAYERS = {"gpt2": [0, 1, 2], "phi": [0], "pythia": [0, 1, 2], "gemma": [0]}
 SETTINGS = (
-    f"models=[{', '.join(f'{{path: zoo/{name}, layers: [0, 1, 2]}}' for name in ('gpt2', 'phi', 'pythia', 'gemma'))}]",
+    f"models=[{', '.join(f'{{path: zoo/{name}, layers: {layers}}}' for name, layers in LAYERS.items())}]",
     "training.tokens=60000",
     "evaluation.tokens=10000",
     "evaluation.sample_tokens=4000",
@@ -66,14 +66,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     api.compare(run, PROMPT, device="cpu")
     write_page(run)
     return run
-
-
-def write_page(run: RunDir) -> Path:
-    """The report without the figures beside it, which take longer and are tested elsewhere."""
-    path = run.report_folder() / "index.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(render_page(run.study().name, collect(run)).encode("utf-8", "backslashreplace"))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +107,43 @@ def addresses(client: Client) -> list[str]:
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow("page"))])
 @pytest.mark.parametrize("home", HOMES)
 def test_every_view_opens_fits_and_is_accessible(browser, homes, home, scheme):
-    for address in addresses(homes.client):
-        with tab(browser, getattr(homes, home), scheme=scheme) as here:
+    """In one tab, which goes from view to view. A dark page differs from a light one in its colours alone."""
+    with tab(browser, getattr(homes, home), scheme=scheme) as here:
+        for address in addresses(homes.client):
             page = here.open(address)
             here.require_fit()
             assert page.locator("main [role=alert]").count() == 0, page.inner_text("main")[:500]
             assert page.locator("nav[aria-label=Views] [aria-current=page]").count() == 1
-            here.require_accessible()
+            here.require_accessible(OF_COLORS if scheme == "dark" else ())
+
+
+WRONG = {
+    "label": '<input id="unnamed">',
+    "button-name": "<button></button>",
+    "image-alt": "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='>",
+    "aria-required-attr": '<div role="checkbox">no state</div>',
+    "color-contrast": '<p style="color: light-dark(#000, #333)">hard to read in the dark</p>',
+    "link-in-text-block": '<p>Words before <a href="#x" style="color: light-dark(#06d, #eee)">this link</a> and after.</p>',
+}
+
+
+@pytest.mark.parametrize("rule", WRONG)
+def test_what_is_inaccessible_is_found(browser, tmp_path, rule):
+    """A fault of each kind: all in the light scheme but for those of colours, which are there in the dark alone."""
+    style = "<style>:root {color-scheme: light dark; background: light-dark(#fff, #111); color: light-dark(#000, #fff)}"
+    style += "a {text-decoration: none}</style>"
+    (tmp_path / "page.html").write_text(f"<!doctype html><html lang=en><title>t</title>{style}<main><h1>Faulty</h1>")
+    for scheme, rules in (("light", ()), ("dark", OF_COLORS)):
+        here = Tab(browser, (tmp_path / "page.html").as_uri(), scheme=scheme)
+        page = here.open()
+        here.require_accessible(rules)
+        page.evaluate("fault => document.querySelector('main').insertAdjacentHTML('beforeend', fault)", WRONG[rule])
+        if (rule in OF_COLORS) == (scheme == "dark"):
+            with pytest.raises(AssertionError, match=f"{rule}: "):
+                here.require_accessible(rules)
+        else:
+            here.require_accessible(rules)
+        page.close()
 
 
 @pytest.mark.parametrize("home", HOMES)
@@ -200,7 +222,9 @@ def test_a_cell_of_the_heat_map_opens_its_pairs(browser, homes, home):
         text = here.until_text("source features? ha(s|ve) a best partner here")
         assert re.search(rf"\b{first['source']['feature']}\b", text)
         assert f"{told['total']:,}" in text and f"{told['num_above']:,}" in text
-        assert f"{first['correlation']:.2f}" in text
+        # the page shows three digits, of the four that a report keeps
+        correlation = float(f"{first['correlation']:.4g}") if home == "report" else first["correlation"]
+        assert f"{correlation:.3f}" in text
 
 
 @pytest.mark.parametrize("home", HOMES)

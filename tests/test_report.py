@@ -22,6 +22,7 @@ from synthetic_run import (
     make_tables,
     make_trace,
     make_transfer,
+    write_page,
 )
 from throughline.figures.style import save_figure
 from throughline.report import drawings, packing, write_report
@@ -30,8 +31,9 @@ from throughline.report.contents import PageData, collect, compact
 from throughline.run_dir import RunDir
 from throughline.views.reading import RunReader
 from throughline.views.relations import Relations
+from trained import MadeOnce
 
-pytestmark = pytest.mark.xdist_group("report")  # what it sets up takes long
+ILLUSTRATED, PAGE = MODELS[::2], "run/report/index.html"
 
 
 class _Page(HTMLParser):
@@ -58,13 +60,21 @@ class _Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(build_run(tmp_path_factory.mktemp("complete") / "run", forced=True))
+def complete(made_once: MadeOnce) -> Path:
+    """The page of a run that has everything, without figures beside it."""
+    return made_once("complete", lambda folder: write_page(build_run(folder / "run", forced=True))) / PAGE
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(build_run(tmp_path_factory.mktemp("bare") / "run", parts=("quality",)))
+def illustrated(made_once: MadeOnce) -> Path:
+    """The whole report of two of its models."""
+    return made_once("illustrated", lambda folder: write_report(build_run(folder / "run", ILLUSTRATED))) / PAGE
+
+
+@pytest.fixture(scope="module")
+def bare(made_once: MadeOnce) -> Path:
+    """The report of a run that has nothing but quality."""
+    return made_once("bare", lambda folder: write_report(build_run(folder / "run", parts=("quality",)))) / PAGE
 
 
 # ---- the file
@@ -164,13 +174,16 @@ def test_pairs_and_partners_are_those_of_the_server(complete: Path):
     assert found and found == {(p.model, p.layer, p.feature) for p in partners}
 
 
-def test_figures_lie_beside_the_page(complete: Path):
-    names = {path.name for path in (complete.parent / "figures").iterdir()}
+def test_figures_lie_beside_the_page(illustrated: Path):
+    whole = illustrated.read_bytes()
+    names = {path.name for path in (illustrated.parent / "figures").iterdir()}
     assert {"quality.png", "quality.svg", "quality.pdf", "all-models-matching.svg"} <= names
     for name in ("divergence", "decay", "persistence", "best-matches", "ribbon-zoo-tall", "ribbon-small"):
         assert {f"{name}.{kind}" for kind in ("png", "svg", "pdf")} <= names
     assert "transfer-reconstruction-zoo-tall__small.png" in names
-    assert sum(name.startswith("trace-") and name.endswith(".png") for name in names) == len(MODELS)
+    assert sum(name.startswith("trace-") and name.endswith(".png") for name in names) == len(ILLUSTRATED)
+    alone = write_page(RunDir.open(illustrated.parents[1]))  # as the other tests have it
+    assert alone == illustrated and alone.read_bytes() == whole
 
 
 def test_report_written_again_is_the_same(bare: Path):

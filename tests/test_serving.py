@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple
 
 import polars as pl
 import pytest
-import yaml
 
 from synthetic_run import HOSTILE, MODELS, PROMPT, build_run, make_trace
 from throughline import api
@@ -35,22 +35,11 @@ from throughline.serving.jobs import Job, Limits
 from throughline.serving.requests import MOST_PROMPT_CHARACTERS
 from throughline.serving.server import bind, make_server, resolve
 from throughline.views.feature_index import FeatureIndex, FeatureQuery, load_index
+from trained import TWO_MODELS, change_study
 
-pytestmark = pytest.mark.xdist_group("serving")
-
+one_tracing_server = pytest.mark.xdist_group("serving")
 TOKEN = "a-token-of-some-length"
-STUDY = {
-    "name": "tiny",
-    "models": [{"path": "zoo/pythia", "layers": [0, 1]}, {"path": "zoo/gpt2", "layers": [0, 1]}],
-    "data": {"path": "zoo/arithmetic", "context": 64},
-    "dictionary": {"architecture": "topk", "d_sae": 48, "k": 8},
-    "training": {"tokens": 2000, "batch_tokens": 64},
-    "gate": {"max_l0_share": 1.0, "max_fvu": 10.0, "min_ce_recovered": -100.0, "max_dead": 1.0},
-    "evaluation": {"tokens": 1200, "spliced_tokens": 300, "sample_tokens": 600},
-    "features": {"contexts": 2},
-    "transfer": {"min_count": 5, "metrics": ["matching"]},
-    "trace": {"prompts": [], "features": 2, "answer_tokens": 2, "nodes": 6, "chains": 1},
-}
+QUICK = {"features": 2, "answer_tokens": 2, "nodes": 6, "chains": 1}  # a trace that takes little
 
 
 class Answer(NamedTuple):
@@ -167,14 +156,11 @@ def client(made_up) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> RunDir:
-    """A run in which prompts can be traced and compared."""
-    folder = tmp_path_factory.mktemp("traced")
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    run = api.train(folder / "study.yaml", folder / "run", device="cpu")
-    for make in (api.features, api.label, api.transfer):
-        make(run, device="cpu")
-    return run
+def tiny(trained, tmp_path_factory) -> RunDir:
+    """A run in which prompts can be traced and compared, and none has been."""
+    run = shutil.copytree(trained(TWO_MODELS, "transfer"), tmp_path_factory.mktemp("traced") / "run")
+    change_study(run, trace=QUICK)
+    return RunDir.open(run)
 
 
 @pytest.fixture(scope="module")
@@ -626,6 +612,7 @@ def test_which_names_a_server_has():
 # ---- jobs
 
 
+@one_tracing_server
 def test_a_trace_is_queued_done_and_then_known(tracing, tiny):
     asked = {"prompt": PROMPT, "model": "zoo/pythia"}
     first = tracing.ask("POST", "/api/traces", asked)
@@ -647,6 +634,7 @@ def test_a_trace_is_queued_done_and_then_known(tracing, tiny):
     tracing.refused(409, "DELETE", f"/api/jobs/{job['id']}")
 
 
+@one_tracing_server
 def test_a_feature_switched_off_is_another_job(tracing):
     asked = {"prompt": PROMPT, "model": "zoo/pythia", "verify": False}
     plain = tracing.ask("POST", "/api/traces", asked).value
@@ -657,12 +645,14 @@ def test_a_feature_switched_off_is_another_job(tracing):
     assert _result(tracing, steered)["steering"]["settings"]
 
 
+@one_tracing_server
 def test_models_are_compared_by_a_job(tracing):
     job = tracing.ask("POST", "/api/comparisons", {"prompt": PROMPT}).value
     found = Comparison.model_validate(_result(tracing, job))
     assert found.models == ["zoo/pythia", "zoo/gpt2"]
 
 
+@one_tracing_server
 def test_a_job_that_cannot_be_done_says_why_and_may_be_asked_again(tracing):
     for changes, said in (
         ({"settings": ["layer=99,feature=1,off"]}, "layer"),
@@ -695,6 +685,7 @@ def find_tracing_process() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are found by what Linux tells of them")
+@one_tracing_server
 def test_a_tracing_process_that_is_killed_takes_its_job_alone(tracing):
     def ask(prompt: str) -> dict[str, Any]:
         return tracing.ask("POST", "/api/traces", {"prompt": prompt, "model": "zoo/gpt2"}).value

@@ -25,15 +25,13 @@ import pytest
 import yaml
 
 from commands import Command, start
-from throughline import api, claims, mirror
+from throughline import claims, mirror
 from throughline.cli import main
 from throughline.errors import HeldError, InputError, TrainingError
 from throughline.records import JobState, RunInfo
 from throughline.run_dir import RunDir
 from throughline.storage import hurried, open_storage
 from throughline.study import parse_study
-
-pytestmark = pytest.mark.xdist_group("storage")
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -46,6 +44,10 @@ STUDY: dict[str, Any] = {
     "training": {"tokens": 140_000, "batch_tokens": 64, "checkpoint_minutes": 0},
     "gate": {"max_l0_share": 1.0, "max_fvu": 1.0, "min_ce_recovered": 0.0, "max_dead": 1.0},
     "evaluation": {"tokens": 2000, "spliced_tokens": 600, "sample_tokens": 1000},
+}
+LONGER = STUDY | {
+    "models": [{"path": "zoo/pythia", "layers": [1]}],
+    "training": STUDY["training"] | {"tokens": 900_000},
 }
 STATE_FILE = "state.safetensors"
 STATE = f"models/zoo-pythia/checkpoints/layers_00-01/{STATE_FILE}"
@@ -251,27 +253,28 @@ def study(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def expected(study) -> dict[str, bytes]:
+def expected(trained) -> dict[str, bytes]:
     """The dictionaries that a run in a folder has."""
-    run = api.train(study, study.parent / "run", device="cpu")
-    return {path.relative_to(run.root).as_posix(): path.read_bytes() for path in run.root.rglob("layer_*/*")}
+    return dictionaries_in(trained(STUDY))
 
 
 @pytest.fixture(scope="session")
 def on_ray(tmp_path_factory) -> Path:
     """A study file of one job that lasts long enough to be killed in its midst, for Ray on this machine."""
     path = tmp_path_factory.mktemp("on_ray") / "study.yaml"
-    models = [{"path": "zoo/pythia", "layers": [1]}]
-    training = STUDY["training"] | {"tokens": 900_000}
-    path.write_text(yaml.safe_dump(STUDY | {"models": models, "training": training, "executor": {"kind": "ray"}}))
+    path.write_text(yaml.safe_dump(LONGER | {"executor": {"kind": "ray"}}))
     return path
 
 
 @pytest.fixture(scope="session")
-def expected_of_longer(on_ray) -> dict[str, bytes]:
+def expected_of_longer(trained) -> dict[str, bytes]:
     """The dictionaries that it has when it is trained in a folder, without Ray."""
-    run = api.train(on_ray, on_ray.parent / "run", ["executor.kind=local"], device="cpu")
-    return {path.relative_to(run.root).as_posix(): path.read_bytes() for path in run.root.rglob("layer_*/*")}
+    return dictionaries_in(trained(LONGER))
+
+
+def dictionaries_in(run: Path) -> dict[str, bytes]:
+    """The dictionaries in a folder."""
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in run.rglob("layer_*/*")}
 
 
 def trained(place: FileUrl | Bucket) -> dict[str, bytes]:

@@ -16,19 +16,9 @@ from kill_cluster import ENVIRONMENT
 import commands
 from throughline import api
 from throughline.run_dir import RunDir
+from trained import TWO_MODELS, change_study
 
-pytestmark = pytest.mark.xdist_group("transfer_runs")  # what it sets up takes long
-
-STUDY = {
-    "name": "transfers",
-    "models": [{"path": "zoo/pythia", "layers": [0, 1]}, {"path": "zoo/gpt2", "layers": [0, 1]}],
-    "data": {"path": "zoo/arithmetic", "context": 64},
-    "dictionary": {"architecture": "topk", "d_sae": 64, "k": 8},
-    "training": {"tokens": 6000, "batch_tokens": 64},
-    "gate": {"max_l0_share": 1.0, "max_fvu": 1.0, "min_ce_recovered": 0.0, "max_dead": 1.0},
-    "evaluation": {"tokens": 2000, "spliced_tokens": 600, "sample_tokens": 1000},
-    "transfer": {"min_count": 5, "metrics": ["matching", "reconstruction", "similarity"]},
-}
+METRICS = ["matching", "reconstruction", "similarity"]
 MINE = '''
 """How much more often the target's features fire than the source's."""
 
@@ -64,13 +54,11 @@ class Nameless:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory) -> Path:
-    """A run of STUDY, trained and evaluated, not to be changed."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    api.train(folder / "study.yaml", folder / "run", device="cpu")
-    api.evaluate(folder / "run", device="cpu")
-    return folder / "run"
+def evaluated(trained, tmp_path_factory) -> Path:
+    """A run whose study wants METRICS, trained and evaluated, not to be changed."""
+    run = shutil.copytree(trained(TWO_MODELS, "evaluate"), tmp_path_factory.mktemp("evaluated") / "run")
+    change_study(run, transfer={"metrics": METRICS})
+    return run
 
 
 @pytest.fixture
@@ -145,7 +133,7 @@ def test_a_metric_of_ones_own_is_one_file(run, modules):
     done = transfer(run, "--metric", "mypkg:Mine", "--json", modules=modules)
     assert (done.returncode, done.stderr) == (0, "")
     shown = {(r["source"], r["target"]): r for r in json.loads(done.stdout)}
-    names = [model["path"] for model in STUDY["models"]]
+    names = [model["path"] for model in TWO_MODELS["models"]]
     assert set(shown) == {(a, b) for a in names for b in names}
     for (source, target), result in shown.items():
         read = RunDir.open(run).transfer("firing", source, target)

@@ -1,6 +1,7 @@
 """Twins in a run: where they lie, that steps and checksums cover them, who reads them, and that a study without has none."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,15 @@ DICTIONARY = {"cfg.json", "sae_weights.safetensors", "probe.safetensors"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(made_once) -> Path:
     """The study's file, a run without twins and one with one of each layer."""
-    folder = tmp_path_factory.mktemp("twins")
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    api.train(folder / "study.yaml", folder / "without", device="cpu")
-    api.train(folder / "study.yaml", folder / "with", WITH_ONE, device="cpu")
-    return folder
+
+    def make(folder: Path) -> None:
+        (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+        api.train(folder / "study.yaml", folder / "without", device="cpu")
+        api.train(folder / "study.yaml", folder / "with", WITH_ONE, device="cpu")
+
+    return made_once("twins", make)
 
 
 def weights_of(run: RunDir, layer: int, twin: int = 0) -> bytes:
@@ -113,9 +116,7 @@ def test_the_number_of_twins_may_change(tmp_path, folder):
 
 
 def test_a_damaged_twin_is_named_and_made_again(folder, tmp_path):
-    study = load_study(folder / "study.yaml", WITH_ONE)
-    run, said = RunDir.create(tmp_path / "run", study), []
-    train_models(Session(run, "cpu"), lambda progress: None)
+    run, said = RunDir.open(shutil.copytree(folder / "with", tmp_path / "run")), []
     before = weights_of(run, 4, 1)
     (run.layer_folder(MODEL, 4, 1) / "sae_weights.safetensors").write_bytes(before[:-1])
     train_models(Session(run, "cpu", said.append), lambda progress: None)
@@ -174,7 +175,7 @@ def test_a_study_without_twins_has_none(folder):
 
 
 def test_an_imported_layer_has_no_twin(folder, tmp_path):
-    run = api.train(folder / "study.yaml", tmp_path / "run", WITH_ONE, device="cpu")
+    run = RunDir.open(shutil.copytree(folder / "with", tmp_path / "run"))
     write_foreign(random_dictionary(96, 48, 6), tmp_path / "foreign", "saelens")
     (tmp_path / "foreign" / "cfg.json").write_text(
         json.dumps(json.loads((tmp_path / "foreign" / "cfg.json").read_text()) | {"metadata": {}})
