@@ -34,6 +34,9 @@ def describe_twins(run: RunDir) -> list[str]:
                 f"{matched['ceiling'][place, place]:.2f} [{matched['ceiling_low'][place, place]:.2f}, "
                 f"{matched['ceiling_high'][place, place]:.2f}]"
             )
+            if "num_twins" in matched:
+                ends = (matched[f"ceiling_{end}"][place, place] for end in ("min", "max"))
+                share += " ({:.2f} to {:.2f}, {:.0f} seeds)".format(*ends, matched["num_twins"][place, place])
             numbers = [matched["ceiling_mutual"][place, place], matched["ceiling_correlation"][place, place]]
             numbers += [rebuilt["ceiling"][place, place], rebuilt["twin_ceiling"][place, place]]
             cells = [spec.name, str(quality.layer), f"{quality.l0:.1f}", f"{quality.fvu:.3f}", share]

@@ -1,6 +1,7 @@
 """Writes the parts of docs/ that are made from the code: `make docs`. Tests compare them with what lies here.
 
 cli.md              the help of every command
+study.md            its tables; what stands between them is written by hand
 trace.schema.json   JSON Schema of `throughline trace --json`
 ../web/openapi.json what the page asks of a server, and what a page without one holds; its types are made from it
 """
@@ -29,7 +30,7 @@ def render_all() -> dict[str, str]:
     page = "../web/openapi.json"
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Trace.model_json_schema()
     as_json = {"trace.schema.json": schema, page: describe_page()}
-    return {"cli.md": describe_commands()} | {
+    return {"cli.md": describe_commands(), "study.md": describe_study()} | {
         name: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for name, value in as_json.items()
     }
 
@@ -45,6 +46,21 @@ def describe_page() -> dict[str, Any]:
     _, data = models_json_schema([(PageData, "serialization")], ref_template="#/components/schemas/{model}")
     described["components"]["schemas"] = data["$defs"] | described["components"]["schemas"]
     return described
+
+
+def describe_study() -> str:
+    """The page as it is, with tables of the fields as they are now."""
+    from throughline.study_fields import sections, write_table
+
+    page = (FOLDER / "study.md").read_text(encoding="utf-8")
+    for name, section in sections().items():
+        before, mark, rest = page.partition(
+            f"<!-- {name}: begin, made by `make docs` from src/throughline/study.py -->\n"
+        )
+        _, end, after = rest.partition(f"<!-- {name}: end -->")
+        assert mark and end, f"docs/study.md has no place for the table {name}"
+        page = before + mark + "\n".join(write_table(section)) + "\n" + end + after
+    return page
 
 
 def describe_commands() -> str:

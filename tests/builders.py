@@ -128,8 +128,8 @@ class GivenSide:
     codes: Codes
     sample: Any
     fit: Any = None
-    twins: dict[int, Dictionary] = field(default_factory=dict)
-    twin_codes: Codes | None = None
+    twins: list[dict[int, Dictionary]] = field(default_factory=list)
+    twin_codes: list[Codes] = field(default_factory=list)
     language_model: Any = None
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from trained import made_once as made_once
 from trained import trained as trained
+
 pytest_plugins = ["left_out"]
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -1,5 +1,6 @@
 """Layers whose features are planted: activations, and the dictionary that knows their directions."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -73,8 +74,10 @@ def codes_of(which: int, layers: tuple[Layer, ...], num_documents: int | None = 
     return replace(codes, layers=features, residual_LND=np.stack([x_ND.numpy() for x_ND in x_LND]))
 
 
-def layered_side(model: str, *layers: Layer, num_fit: int | None = None, twins: dict[int, Dictionary] = {}) -> Side:  # noqa: B006
+def layered_side(
+    model: str, *layers: Layer, num_fit: int | None = None, twins: Sequence[dict[int, Dictionary]] = ()
+) -> Side:
     """A model with these layers; maps are fitted on the first `num_fit` documents of FIT."""
     held = codes_of(0, layers)
     dictionaries = {i: dictionary for i, (_, _, dictionary) in enumerate(layers)}
-    return GivenSide(model, dictionaries, held, held, codes_of(1, layers, num_fit), dict(twins))
+    return GivenSide(model, dictionaries, held, held, codes_of(1, layers, num_fit), list(twins))

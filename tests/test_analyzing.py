@@ -265,6 +265,32 @@ def test_divergence_is_where_the_ceiling_is_left():
     assert curve.ceiling_low == [0.75] * 5 and curve.num
 
 
+def test_a_ceiling_of_several_seeds_is_told_with_its_range():
+    value = np.full((5, 3), 0.2)
+    value[:, 1] = [0.78, 0.76, 0.6, 0.77, 0.5]
+    given = {"ceiling": 0.8, "ceiling_low": 0.7, "ceiling_high": 0.9, "ceiling_min": 0.76, "ceiling_max": 0.85}
+    given |= {"num_twins": 3}
+    analysis = analyze_run(
+        [pair(value, **{name: np.full((5, 3), n) for name, n in given.items()})], {}, {}, seed=0
+    ).analysis
+    [found] = [finding for finding in analysis.findings if finding.topic == "divergence"]
+    assert (
+        "80% [70%, 90%] in a dictionary of the same layer from another seed (mean of 3 seeds, 76% to 85%) (null 5%)"
+        in found.sentence
+    )
+    assert (found.numbers["ceiling min"], found.numbers["ceiling max"], found.numbers["twins"]) == (0.76, 0.85, 3)
+    [curve] = analysis.curves
+    assert (curve.ceiling_min, curve.ceiling_max, curve.num_twins) == ([0.76] * 5, [0.85] * 5, 3)
+    page = write_markdown(analysis, "run")
+    assert "ceilings are means of 3 seeds, least and most behind them." in page and "| 0.80 (0.76 to 0.85) |" in page
+    mutual = {"ceiling_mutual": 0.8, "ceiling_mutual_min": 0.7, "ceiling_mutual_max": 0.9, "num_twins": 2}
+    of_links = findings(matched([0.6, 0.2, 0.6, 0.6], **{name: np.full((5, 5), n) for name, n in mutual.items()}))
+    assert "80% to another seed's dictionary of the same layer (mean of 2 seeds, 70% to 90%);" in (
+        of_links["bottlenecks"].sentence
+    )
+    assert "80% by another seed's dictionaries (mean of 2 seeds, 70% to 90%)" in of_links["throughlines"].sentence
+
+
 def test_without_another_seed_no_divergence_is_told():
     result = pair(np.full((5, 3), 0.3))
     arrays = {name: a for name, a in result.arrays.items() if not name.startswith("ceiling")}

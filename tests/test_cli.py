@@ -716,7 +716,7 @@ def test_no_sentence_of_the_help_is_cut_short(say):
     assert "..." not in say("--help")[1].replace("[ARGS]...", "")
 
 
-@pytest.mark.parametrize("name", ["cli.md", "trace.schema.json"])
+@pytest.mark.parametrize("name", ["cli.md", "study.md", "trace.schema.json"])
 def test_generated_documents_are_current(name):
     made = runpy.run_path(str(ROOT / "docs" / "generate.py"))["render_all"]()
     assert (ROOT / "docs" / name).read_text() == made[name], "run `make docs`"

@@ -144,6 +144,28 @@ def test_a_feature_counts_once_and_only_if_it_is_frequent_enough_to_be_judged():
     assert (found.standings[B.name].num_active, found.standings[B.name].num_rare) == (0, 1)
 
 
+def test_a_ceiling_of_several_seeds_has_its_range():
+    """That of the pair of layers where the mean is largest, of the model where that is least."""
+    far, near = matching(A, B), matching(A, C)
+    far.arrays["ceiling"][0] = [0.5, 0.7, 0.6]
+    for result in (far, near):
+        ceiling = result.arrays["ceiling"]
+        result.arrays.update(
+            {
+                "ceiling_min": ceiling - 0.1,
+                "ceiling_max": ceiling + 0.05,
+                "num_twins": np.full_like(ceiling, 3),
+            }
+        )
+    pairs = {(a, b): matching(a, b) for a in (A, B, C) for b in (A, B, C) if a != b} | {(A, B): far, (A, C): near}
+    matches = {(a.name, b.name): result for (a, b), result in pairs.items()}
+    standings = compared({A: trace_of(A, (0, 0), (0, 1)), B: trace_of(B), C: trace_of(C)}, matches).standings
+    mine = standings[A.name]
+    assert (mine.ceiling, mine.ceiling_min, mine.ceiling_max) == pytest.approx((0.7, 0.6, 0.75)) and mine.num_twins == 3
+    other = standings[B.name]
+    assert (other.ceiling_min, other.ceiling_max, other.num_twins) == (None, None, 0)
+
+
 def test_what_chance_and_kind_would_give_and_the_ceiling():
     """By definition 0.1 % pass in each layer of the other model; B has three layers, C one. The null is 2 % a layer."""
     far, near = matching(A, B), matching(A, C)

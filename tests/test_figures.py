@@ -501,6 +501,24 @@ def test_best_matches_are_of_neighbours_within_a_model_and_of_the_best_layer_of_
     assert any("n = 50,000 tokens, seed 0" in word for word in words)
 
 
+def test_ceilings_of_several_seeds_are_drawn_with_their_range():
+    result, other = (make_transfer(MODELS[0], MODELS[0], metric) for metric in ("matching", "reconstruction"))
+    for name, of in (("ceiling", result), ("ceiling_correlation", result), ("twin_ceiling", other)):
+        mean = of.arrays[name]
+        of.arrays.update({f"{name}_min": mean - 0.03, f"{name}_max": mean + 0.01, "num_twins": np.full(mean.shape, 3)})
+    for draw, given in ((draw_transfer, result), (draw_all_models, [result])):
+        assert any("ceiling: mean of 3 seeds, at most 0.04 apart" in word for word in _words(draw(given)))
+    assert any("ceiling of other seeds: mean of 3 seeds, at most 0.04" in word for word in _words(draw_transfer(other)))
+    best = best_matches(result)
+    assert (best.ceiling_min, best.ceiling_max) == pytest.approx((0.67, 0.71))
+    assert "range over several other seeds" in _words(draw_best_matches([result]))
+    ends = {"ceiling": [0.8] * 3, "ceiling_min": [0.7] * 3, "ceiling_max": [0.9] * 3, "num_twins": 3}
+    figure = draw_decay([_curve("decay", [0.5, 0.4, 0.3], **ends)])
+    assert any(word.endswith("mean of 3 seeds, band: their range") for word in _words(figure))
+    bands = [c.get_paths()[0].get_extents().intervaly for c in figure.axes[0].collections]  # pyright: ignore[reportAttributeAccessIssue]
+    assert any(band == pytest.approx([0.7, 0.9]) for band in bands)
+
+
 def test_best_matches_of_what_has_none():
     one = SyntheticModel("flat", 1, 8, 16)
     assert "one layer has no neighbours" in _words(draw_best_matches([make_transfer(one, one, "matching")]))

@@ -16,6 +16,7 @@ LAYERS = (
         "errors",
         "registry",
         "study",
+        "study_fields",
         "records",
         "files",
         "storage",

@@ -271,8 +271,8 @@ def test_independent_features_match_by_chance_in_a_thousandth(source_widths, tar
 @pytest.mark.parametrize("name", METRICS.names())
 def test_one_worker_and_two_find_the_same_bits(name, monkeypatch):
     layers = (planted_layer(), turned(planted_layer()), scaled_and_moved(planted_layer()))
-    planted = layered_side("planted", *layers, twins={0: layers[0][2]})
-    planted.twin_codes = planted.codes  # type: ignore[attr-defined]
+    planted = layered_side("planted", *layers, twins=[{0: layers[0][2]}])
+    planted.twin_codes = [planted.codes]  # type: ignore[attr-defined]
     pairs = [(planted, planted), (planted, layered_side("other", planted_layer(8), planted_layer()))]
     metric = METRICS.load(name)()
     if not metric.across_models:

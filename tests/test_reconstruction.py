@@ -141,12 +141,29 @@ def test_another_seed_is_the_twin_ceiling():
     layers = planted_layer(3), planted_layer(8)
     blind = random_dictionary(24, 24, k=ACTIVE)
     twins = {0: layers[0][2], 1: blind}
-    arrays = reconstruct(layered_side("m", *layers, twins=twins))
+    arrays = reconstruct(layered_side("m", *layers, twins=[twins]))
     np.testing.assert_allclose(arrays["twin_ceiling"][:, 0], arrays["ceiling"][:, 0])
     assert (arrays["twin_ceiling"][:, 1] < arrays["ceiling"][:, 1] - 0.5).all()
-    only_first = reconstruct(layered_side("m", *layers, twins={0: layers[0][2]}))["twin_ceiling"]
+    only_first = reconstruct(layered_side("m", *layers, twins=[{0: layers[0][2]}]))["twin_ceiling"]
     assert np.isfinite(only_first[:, 0]).all() and np.isnan(only_first[:, 1]).all()
     assert np.isnan(reconstruct(layered_side("m", *layers))["twin_ceiling"]).all()
+
+
+def test_several_seeds_give_their_mean_and_range():
+    """Of the first layer one twin is its own dictionary and one blind; of the second there is one twin. All else is as with one."""
+    layers = planted_layer(3), planted_layer(8)
+    blind = random_dictionary(24, 24, k=ACTIVE)
+    one, other = {0: layers[0][2]}, {0: blind, 1: layers[1][2]}
+    alone = [reconstruct(layered_side("m", *layers, twins=[twins])) for twins in (one, other)]
+    arrays = reconstruct(layered_side("m", *layers, twins=[one, other]))
+    each = np.stack([found["twin_ceiling"] for found in alone])
+    np.testing.assert_allclose(arrays["twin_ceiling"], np.nanmean(each, axis=0), rtol=1e-12)
+    np.testing.assert_array_equal(arrays["twin_ceiling_min"], np.nanmin(each, axis=0))
+    np.testing.assert_array_equal(arrays["twin_ceiling_max"], np.nanmax(each, axis=0))
+    assert (arrays["num_twins"] == [[2, 1]] * 2).all()
+    assert (arrays["twin_ceiling_max"] - arrays["twin_ceiling_min"] > 0.5)[:, 0].all()
+    assert arrays.keys() - alone[0].keys() == {"twin_ceiling_min", "twin_ceiling_max", "num_twins"}
+    assert all(a.tobytes() == arrays[name].tobytes() for name, a in alone[0].items() if name != "twin_ceiling")
 
 
 def test_the_interval_is_that_of_resampled_documents():

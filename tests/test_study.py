@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from throughline.api import PRESETS, SHORT_DEMO
+from throughline.api import PRESETS, SHORT_DEMO, init
 from throughline.errors import InputError
 from throughline.registry import ARCHITECTURES
 from throughline.study import (
@@ -18,6 +18,7 @@ from throughline.study import (
     load_study,
     parse_study,
 )
+from throughline.study_fields import sections
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET_FOLDER = ROOT / "src" / "throughline" / "presets"
@@ -306,6 +307,31 @@ def test_its_siblings_have_the_same_models(name):
 def test_every_default_is_valid_on_its_own():
     study = Study(**tree())  # type: ignore[arg-type]
     assert study.dictionary.architecture in ARCHITECTURES.names()
+
+
+def test_init_writes_every_field_with_its_default_or_an_example(tmp_path):
+    """What is commented out is a study too, field by field, and every field stands there once with what it means."""
+    values = yaml.safe_load((PRESET_FOLDER / "commented.yaml").read_text())
+    written = init(tmp_path / "study.yaml").read_text()
+    expected = parse_study(values)
+    assert load_study(tmp_path / "study.yaml") == expected
+    lines = written.splitlines()
+    for name, section in sections().items():
+        for field, about in section.model_fields.items():
+            if (
+                not (isinstance(about.annotation, type) and issubclass(about.annotation, Section))
+                and name != "features.llm"
+            ):
+                assert about.description and any(line.strip(" #-").startswith(f"{field}: ") for line in lines), field
+    places = [i for i, line in enumerate(lines) if line.strip().startswith("# ") and ": " in line and line[0] == " "]
+    assert len(places) > 25
+    with_example = {k for s in sections().values() for k, f in s.model_fields.items() if f.examples}
+    for i in places:
+        given = [*lines[:i], lines[i].replace("# ", "", 1), *lines[i + 1 :]]
+        on_ray = ["executor.kind=ray"] if lines[i].strip("# ").startswith(("address", "gpus", "devices")) else []
+        found = load_study(write(tmp_path, "\n".join(given)), on_ray)
+        key = lines[i].strip(" #").partition(":")[0]
+        assert found == expected or key in with_example, lines[i]
 
 
 def test_every_field_is_documented_with_its_default():

@@ -102,7 +102,7 @@ def test_persistence_is_counted_feature_by_feature():
     rng = np.random.default_rng(0)
     links = {place: [(u, u) for u in range(40) if rng.random() < 0.7] for place in range(3)}
     arrays = linked(links, num_features=41)
-    arrays["ceiling_mutual"] = np.full((4, 4), 0.8)
+    arrays |= {"ceiling_mutual": np.full((4, 4), 0.8), "ceiling_mutual_min": np.full((4, 4), 0.7)}
     result = result_of(arrays)
     table = find_throughlines(result)
     lived = measure_persistence(result, table)
@@ -116,6 +116,8 @@ def test_persistence_is_counted_feature_by_feature():
         assert lived.share_D[d] == pytest.approx(np.mean([mine in there for mine, there in pairs]))
         assert lived.num_D[d] == len(pairs)
         assert lived.null_D[d] == pytest.approx(0.1**d) and lived.ceiling_D[d] == pytest.approx(0.8**d)
+        assert lived.ceiling_min_D[d] == pytest.approx(0.7**d)
+    assert np.isnan(lived.ceiling_max_D[1:]).all()
     assert (lived.low_D[1:] < lived.share_D[1:]).all() and (lived.share_D[1:] < lived.high_D[1:]).all()
     d = int(np.flatnonzero(lived.share_D <= 0.5)[0])
     assert d - 1 < (lived.half_life or 0) <= d

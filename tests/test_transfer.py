@@ -20,7 +20,7 @@ from throughline.stats import bootstrap_interval
 from throughline.study import ModelSpec, parse_study
 from throughline.tokens import collect_rows
 from throughline.transfer import Side
-from throughline.transfer.matching import Matching
+from throughline.transfer.matching import CEILINGS, SPREADS, Matching
 from throughline.transfer.pairs import align, correlate, moments_of, prepare, shift_documents, shuffle_within
 from throughline.zoo.texts import sample_problems
 
@@ -293,7 +293,9 @@ def test_the_twin_is_the_ceiling():
     side = side_of("a", first, second)
     twin_codes = replace(side.codes, layers={0: sp.csr_array(again), 1: sp.csr_array(sparse_features(60, 23))})
     twins = {layer: random_dictionary(4, 60, seed=5 + layer) for layer in (0, 1)}
-    given = GivenSide("a", side.dictionaries, side.codes, side.codes, side.codes, twins=twins, twin_codes=twin_codes)
+    given = GivenSide(
+        "a", side.dictionaries, side.codes, side.codes, side.codes, twins=[twins], twin_codes=[twin_codes]
+    )
     other = side_of("b", sparse_features(60, 24), sparse_features(60, 25))
     for result in (
         Matching().compute(given, given, seed=0, min_count=20)[0],
@@ -316,9 +318,54 @@ def test_one_twin_alone_is_the_ceiling_of_its_layer():
     first, second = sparse_features(60, 20), sparse_features(60, 21)
     side = side_of("a", first, second)
     twin_codes = replace(side.codes, layers={1: sp.csr_array(second)})
-    given = GivenSide("a", side.dictionaries, side.codes, side.codes, side.codes, {1: side.dictionaries[1]}, twin_codes)
+    twins = [{1: side.dictionaries[1]}]
+    given = GivenSide("a", side.dictionaries, side.codes, side.codes, side.codes, twins, [twin_codes])
     ceiling = Matching().compute(given, given, seed=0, min_count=20)[0].arrays["ceiling"]
     assert np.isnan(ceiling[0]).all() and (ceiling[1] == 1).all()
+
+
+def test_several_twins_give_their_mean_and_range():
+    """Of a layer's 60 features three twins have 30, 45 and 60 again; of the second layer's two have 15 and 30, one is not there.
+
+    All else is as with one twin, to the bit; each twin alone gives what the mean is made of.
+    """
+    first, second = sparse_features(60, 20), sparse_features(60, 21)
+    side, other = side_of("a", first, second), side_of("b", sparse_features(60, 24), sparse_features(60, 25))
+
+    def again(features: np.ndarray, kept: int, seed: int) -> sp.csr_array:
+        shuffled = np.random.default_rng(seed).permutation(60)
+        return sp.csr_array(np.hstack([features[:, :kept], sparse_features(60 - kept, seed)])[:, shuffled])
+
+    layers = [
+        {0: again(first, 30, 40), 1: again(second, 15, 41)},
+        {0: again(first, 45, 42), 1: again(second, 30, 43)},
+        {0: sp.csr_array(first)},
+    ]
+
+    def matched(which: list[int]) -> list[dict[str, np.ndarray]]:
+        twins = [{layer: random_dictionary(4, 60, seed=5 + layer) for layer in layers[n]} for n in which]
+        codes = [replace(side.codes, layers=layers[n]) for n in which]
+        given = GivenSide("a", side.dictionaries, side.codes, side.codes, side.codes, twins=twins, twin_codes=codes)
+        pairs = ((given, given, 0), (given, other, 0), (other, given, 1))
+        return [Matching().compute(a, b, seed=0, min_count=20)[way].arrays for a, b, way in pairs]
+
+    alone = [matched([n]) for n in range(3)]
+    for way, arrays in enumerate(matched([0, 1, 2])):
+        assert arrays["ceiling"][0] == pytest.approx((0.5 + 0.75 + 1) / 3, abs=0.02)
+        assert arrays["ceiling"][1] == pytest.approx((0.25 + 0.5) / 2, abs=0.02)
+        np.testing.assert_allclose(arrays["ceiling_min"], [[0.5] * 2, [0.25] * 2], atol=0.02)
+        np.testing.assert_allclose(arrays["ceiling_max"], [[1.0] * 2, [0.5] * 2], atol=0.02)
+        assert (arrays["num_twins"] == [[3, 3], [2, 2]]).all()
+        for name in ("ceiling", "ceiling_mutual", "ceiling_correlation"):
+            each = np.stack([found[way][name] for found in alone])
+            np.testing.assert_allclose(arrays[name], np.nanmean(each, axis=0), rtol=1e-12)
+            np.testing.assert_array_equal(arrays[f"{name}_min"], np.nanmin(each, axis=0))
+            np.testing.assert_array_equal(arrays[f"{name}_max"], np.nanmax(each, axis=0))
+        for name, end in (("ceiling_low", np.nanmin), ("ceiling_high", np.nanmax)):
+            np.testing.assert_array_equal(arrays[name], end(np.stack([found[way][name] for found in alone]), axis=0))
+        of_one = alone[0][way]
+        assert arrays.keys() - of_one.keys() == set(SPREADS)
+        assert all(of_one[name].tobytes() == arrays[name].tobytes() for name in of_one if name not in CEILINGS)
 
 
 def test_the_best_of_all_layers():

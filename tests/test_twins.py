@@ -18,7 +18,7 @@ from throughline.dictionaries import load_dictionary
 from throughline.dictionaries.formats import write_foreign
 from throughline.errors import InputError
 from throughline.jobs import steps_of
-from throughline.pipeline import _Side, train_models
+from throughline.pipeline import BASE_GIB, _Side, evaluate_models, train_models, transfer_gib, transfer_models
 from throughline.run_dir import RunDir
 from throughline.session import Session
 from throughline.study import load_study, parse_study
@@ -153,10 +153,10 @@ def test_a_session_reads_twins_and_their_codes_in_one_pass(folder, monkeypatch):
 
     monkeypatch.setattr(session, "encode_text_with", counted)
     side = _Side(opened, MODEL)
-    own, twins = side.dictionaries, side.twins
+    own, [twins] = side.dictionaries, side.twins
     assert list(own) == list(twins) == [1, 4]
-    codes, by_twins = side.codes, side.twin_codes
-    assert passes == 1 and by_twins is not None
+    codes, [by_twins] = side.codes, side.twin_codes
+    assert passes == 1
     assert by_twins.rows is codes.rows and by_twins.residual_LND is None
     rows, documents = opened.rows(MODEL, opened.heldout), opened.heldout
     for given, found in ((own, codes), (twins, by_twins)):
@@ -165,13 +165,40 @@ def test_a_session_reads_twins_and_their_codes_in_one_pass(folder, monkeypatch):
         for layer in found.layers:
             assert (found.layers[layer] != expected.layers[layer]).nnz == 0
         assert np.array_equal(found.ids_N, expected.ids_N)
-    assert opened.twin_evaluation(MODEL) is by_twins
-    assert all(layer in opened.twins(MODEL) for layer in (1, 4))
+    assert opened.twin_evaluation(MODEL)[0] is by_twins
+    assert all(layer in opened.twins(MODEL)[0] for layer in (1, 4))
+
+
+def test_a_session_reads_all_twins_and_memory_counts_them(folder, tmp_path, monkeypatch):
+    """Of two seeds, in one pass; transfer's ceilings are of both, and its estimate of memory holds the codes of both."""
+    study = load_study(folder / "study.yaml", [*WITH_TWO, "transfer.metrics=[matching]"])
+    run = RunDir.create(tmp_path / "run", study)
+    opened = Session(run, "cpu")
+    train_models(opened, lambda progress: None)
+    evaluate_models(opened)
+    read, passes = session.encode_text_with, []
+    monkeypatch.setattr(
+        session, "encode_text_with", lambda sets, *given: passes.append(len(sets)) or read(sets, *given)
+    )
+    side = _Side(opened, MODEL)
+    assert [list(twins) for twins in side.twins] == [[1, 4]] * 2
+    assert not torch.equal(side.twins[0][1].W_dec, side.twins[1][1].W_dec)
+    for twins, codes in zip(side.twins, side.twin_codes, strict=True):
+        expected = encode_text(opened.model(MODEL), twins, side.codes.rows, opened.heldout)
+        assert all((codes.layers[n] != expected.layers[n]).nnz == 0 for n in (1, 4))
+    assert passes == [3]
+    transfer_models(opened)
+    result = run.transfer("matching", MODEL, MODEL)
+    assert result.info.ceiling is not None and result.info.ceiling.endswith("mean over 2 seeds")
+    assert (result.arrays["num_twins"] == 2).all()
+    gib = {n: transfer_gib(run, load_study(folder / "study.yaml", [f"training.ceiling_seeds={n}"])) for n in range(4)}
+    own = gib[0] - BASE_GIB
+    assert own > 0 and all(gib[n] - BASE_GIB == pytest.approx((1 + n) * own) for n in gib)
 
 
 def test_a_study_without_twins_has_none(folder):
     side = _Side(Session(RunDir.open(folder / "without")), MODEL)
-    assert side.twins == {} and side.twin_codes is None
+    assert side.twins == [] and side.twin_codes == []
 
 
 def test_an_imported_layer_has_no_twin(folder, tmp_path):
@@ -183,9 +210,9 @@ def test_an_imported_layer_has_no_twin(folder, tmp_path):
     api.import_sae(tmp_path / "run", tmp_path / "foreign", 4, device="cpu")
     assert not run.layer_folder(MODEL, 4, 1).exists()
     opened = Session(RunDir.open(tmp_path / "run"))
-    assert list(opened.dictionaries(MODEL)) == [1, 4] and list(opened.twins(MODEL)) == [1]
-    by_twins = opened.twin_evaluation(MODEL)
-    assert by_twins is not None and list(by_twins.layers) == [1]
+    assert list(opened.dictionaries(MODEL)) == [1, 4] and [list(twins) for twins in opened.twins(MODEL)] == [[1]]
+    [by_twins] = opened.twin_evaluation(MODEL)
+    assert list(by_twins.layers) == [1]
 
 
 @pytest.mark.parametrize(

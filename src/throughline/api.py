@@ -5,7 +5,6 @@ receives a line of news now and then. They return records; nothing is printed.
 """
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import polars as pl
+import yaml
 
 from throughline.errors import InputError
 from throughline.records import Analysis, Comparison, ComparisonTotals, LayerQuality, Plan, Trace, TransferInfo
 from throughline.registry import METRICS, unknown
 from throughline.run_dir import DRIVER, RunDir
 from throughline.study import DictionarySpec, Study, TrainingSpec, dump_study, load_study, parse_study
+from throughline.study_fields import write_study
 
 if TYPE_CHECKING:
     from throughline.asking import Approve
@@ -75,7 +76,9 @@ def init(path: str | Path = "study.yaml", preset: str = "commented") -> Path:
     path = Path(path)
     if path.exists():
         raise InputError(f"{path} exists; give another name")
-    shutil.copyfile(str(files("throughline") / "presets" / f"{preset}.yaml"), path)
+    shipped = files("throughline") / "presets" / f"{preset}.yaml"
+    text = shipped.read_text(encoding="utf-8")
+    path.write_text(write_study(yaml.safe_load(text)) if preset == "commented" else text, encoding="utf-8")
     return path
 
 

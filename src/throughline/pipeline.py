@@ -421,11 +421,12 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
 
 
 def transfer_gib(run: RunDir, study: Study) -> float:
-    """Memory that the metrics are expected to need at most: all models' codes of the held-out text, and work on the largest."""
+    """Memory that the metrics are expected to need at most: all models' codes of the held-out text, their twins' too,
+    and work on the largest."""
     codes = []
     for spec in study.models:
         active = sum(quality.l0 * quality.num_tokens for quality in run.quality(spec.name))
-        codes.append(BYTES_OF_A_CODE * active * (1 + bool(study.training.ceiling_seeds)) / 2**30)
+        codes.append(BYTES_OF_A_CODE * active * (1 + study.training.ceiling_seeds) / 2**30)
     return BASE_GIB + sum(codes) + WORK * max(codes, default=0.0)
 
 
@@ -437,7 +438,10 @@ def _metric_options(session: Session, metric: str) -> dict[str, Any]:
 
 def _transfer_step(session: Session, metric: str, source: ModelSpec, target: ModelSpec) -> tuple[str, str]:
     keys = [_evaluate_step(session, spec)[1] for spec in (source, target)]
-    key = digest_key(*keys, session.study.transfer.min_count, metric, *_metric_options(session, metric).items())
+    several = ["mean over twins"] if session.study.training.ceiling_seeds > 1 else []  # once the first alone was read
+    key = digest_key(
+        *keys, session.study.transfer.min_count, metric, *_metric_options(session, metric).items(), *several
+    )
     return f"transfer/{METRICS.load(metric).name}/{source.name}/{target.name}", key
 
 
@@ -452,7 +456,7 @@ class _Side:
         return self._session.dictionaries(self.model)
 
     @property
-    def twins(self) -> dict[int, Dictionary]:
+    def twins(self) -> list[dict[int, Dictionary]]:
         return self._session.twins(self.model)
 
     @property
@@ -460,7 +464,7 @@ class _Side:
         return self._session.evaluation(self.model)
 
     @property
-    def twin_codes(self) -> Codes | None:
+    def twin_codes(self) -> list[Codes]:
         return self._session.twin_evaluation(self.model)
 
     @property

@@ -110,12 +110,17 @@ class Session:
         """A model's trained dictionaries by layer, checked against their checksums and probes."""
         return self._load(name, self.layers(self.study.model(name)), twin=0)
 
-    def twins(self, name: str) -> dict[int, Dictionary]:
-        """The first twin of each layer that has one, checked likewise; {} if the study wants none. Imported layers have none."""
-        if not self.study.training.ceiling_seeds:
-            return {}
-        there = self.run.layers_with_twin(name, 1)
-        return self._load(name, [n for n in self.layers(self.study.model(name)) if n in there], twin=1)
+    def twins(self, name: str) -> list[dict[int, Dictionary]]:
+        """By number of the twin, those of all layers that have one, checked likewise; [] if the study wants none.
+
+        Imported layers have none.
+        """
+        found = []
+        for twin in range(1, 1 + self.study.training.ceiling_seeds):
+            there = self.run.layers_with_twin(name, twin)
+            if layers := [layer for layer in self.layers(self.study.model(name)) if layer in there]:
+                found.append(self._load(name, layers, twin))
+        return found
 
     def _load(self, name: str, layers: list[int], twin: int) -> dict[int, Dictionary]:
         key = (name, twin)
@@ -152,10 +157,9 @@ class Session:
         """A model's codes of the held-out documents."""
         return self._read_evaluation(name)[0]
 
-    def twin_evaluation(self, name: str) -> Codes | None:
-        """The same documents as the model's twins read them, in the forward pass that `evaluation` makes; None without twins."""
-        _, *by_twins = self._read_evaluation(name)
-        return by_twins[0] if by_twins else None
+    def twin_evaluation(self, name: str) -> list[Codes]:
+        """The same documents as each of `twins` reads them, all in the forward pass that `evaluation` makes."""
+        return self._read_evaluation(name)[1:]
 
     def sample(self, name: str) -> Codes:
         """A model's codes and residual stream of the held-out sample."""
@@ -196,8 +200,7 @@ class Session:
 
     def _read_evaluation(self, name: str) -> list[Codes]:
         """Codes of the held-out documents in the model's dictionaries and, if there are any, in their twins."""
-        twins = self.twins(name)
-        return self._read(name, "evaluation", self.heldout, [self.dictionaries(name), *([twins] if twins else [])])
+        return self._read(name, "evaluation", self.heldout, [self.dictionaries(name), *self.twins(name)])
 
     def _read(
         self,

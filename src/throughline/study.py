@@ -1,6 +1,7 @@
 """The study file: what to do. One frozen tree; unknown keys are refused with the nearest known one.
 
-Every field's comment is its documentation; `throughline init` writes them into a commented file.
+What a field means is said here alone, in its description. `study_fields.py` makes both of the others from it: `throughline init`
+writes the first sentence beside the field, docs/study.md has all of it. `examples` are shown where a default shows nothing.
 """
 
 import re
@@ -61,18 +62,35 @@ class ModelOverride(DictionaryOverride):
 
 
 class DictionarySpec(Section):
-    """One layer's dictionary: `d_sae` features, or `expansion` times the model's width."""
+    """One layer's dictionary. A layer's override comes before the model's, the model's before the study's."""
 
-    architecture: str = "topk"
-    expansion: float = Field(default=8, gt=0)
-    d_sae: int | None = Field(default=None, ge=1)
-    k: int = Field(default=32, ge=1)  # active features per token (topk), on average (batch_topk, matryoshka, jumprelu)
-    l1: float | L1Schedule = (
-        5.0  # coefficient of |f| times decoder norm (relu, gated), activations scaled to mean norm sqrt(d)
+    architecture: str = Field(
+        default="topk", description="`topk`, `batch_topk`, `matryoshka`, `jumprelu`, `gated` or `relu`."
     )
-    # active features per token at every layer: relu and gated move l1 until they have it; elsewhere another word for k
-    target_l0: float | None = Field(default=None, gt=0)
-    per_layer: dict[int, DictionaryOverride] = {}
+    expansion: float = Field(default=8, gt=0, description="Features per dimension of the model.")
+    d_sae: int | None = Field(
+        default=None, ge=1, examples=[4096], description="Number of features, in place of `expansion`."
+    )
+    k: int = Field(
+        default=32,
+        ge=1,
+        description="Active features per token; on average (`batch_topk`, `matryoshka`, `jumprelu`) or of each (`topk`).",
+    )
+    l1: float | L1Schedule = Field(
+        default=5.0,
+        description="`relu`, `gated`: one coefficient, or `{early: 5, mid: 4, late: 3}` by thirds of depth. It is that of "
+        "f · ‖decoder row‖ on activations scaled to mean norm √d_model.",
+    )
+    target_l0: float | None = Field(
+        default=None,
+        gt=0,
+        examples=[32],
+        description="Active features per token that every layer shall have. `relu` and `gated` move their `l1` until they have "
+        "it, starting from what is given; for the others it is another word for `k`, and counts before it.",
+    )
+    per_layer: dict[int, DictionaryOverride] = Field(
+        default={}, examples=[{0: {"k": 16}}], description="Overrides of single layers."
+    )
 
     def width(self, d_model: int) -> int:
         """Number of features for a model of width `d_model`."""
@@ -129,13 +147,36 @@ class DictionarySpec(Section):
 class ModelSpec(Section):
     """A language model: a hub id, a local folder, or zoo/NAME."""
 
-    path: str
-    name: str = ""  # default: the last part of the path; zoo models keep "zoo/NAME"
-    layers: Literal["all"] | list[int] = "all"
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    weights: Literal["trained", "random"] = "trained"  # random: the architecture of config.json; only its size is real
-    dictionary: ModelOverride | None = None
+    path: str = Field(
+        examples=["zoo/pythia"],
+        description="Hub id, local folder with safetensors, or `zoo/gpt2`, `zoo/phi`, `zoo/pythia`, `zoo/gemma`.",
+    )
+    name: str = Field(
+        default="",
+        examples=["my-model"],
+        description="What it is called everywhere; by default the last part of the path, or `zoo/NAME`.",
+    )
+    layers: Literal["all"] | list[int] = Field(
+        default="all",
+        description="Or a list such as `[0, 3, 5]`: the residual stream after these blocks, counted from 0.",
+    )
+    revision: str | None = Field(default=None, examples=["main"], description="Branch, tag or commit of a hub id.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="How the model is loaded: `float32`, `bfloat16` or `float16`. Activations are float32.",
+    )
+    weights: Literal["trained", "random"] = Field(
+        default="trained",
+        description="`random`: `config.json` alone is enough, for measuring speed and memory. Only the architecture is read; the "
+        "numbers are random, the same for the same name. The name of such a model ends with ` (random weights)` in every output; "
+        "without a tokenizer its tokens are bytes.",
+    )
+    dictionary: ModelOverride | None = Field(
+        default=None,
+        examples=[{"expansion": 16}],
+        description="What this model has otherwise than the study's `dictionary`. Keys: `architecture`, `expansion`, `d_sae`, `k`, "
+        "`l1`, `target_l0` and `per_layer`.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -162,32 +203,81 @@ class ModelSpec(Section):
 class DataSpec(Section):
     """Text: a hub dataset, a local .txt .jsonl .csv .parquet file, or zoo/arithmetic."""
 
-    path: str
-    config: str | None = None
-    split: str = "train"
-    text: str = "{text}"  # how a row becomes a text; a field named answer marks where the answer begins
-    context: int = Field(default=128, ge=2)  # longest piece of text the model sees at once, in tokens
-    heldout: float = Field(default=0.1, gt=0, lt=1)  # share of the documents kept for evaluation
-    keep_special_tokens: bool = False
+    path: str = Field(
+        examples=["zoo/arithmetic"],
+        description="Hub id, `.txt`, `.jsonl`, `.csv` or `.parquet` file, a folder of these, or `zoo/arithmetic`. In `.txt` files "
+        "blank lines part the documents.",
+    )
+    config: str | None = Field(default=None, examples=["main"], description="Configuration of a hub dataset.")
+    split: str = Field(default="train", description="Split of a hub dataset.")
+    text: str = Field(
+        default="{text}",
+        description="How a row becomes a text; a field named `answer` marks where the answer begins.",
+    )
+    context: int = Field(
+        default=128,
+        ge=2,
+        description="Longest piece of text that the model sees at once, in tokens. At most the model's own context.",
+    )
+    heldout: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Share of the documents kept for evaluation. Which they are follows from their numbers alone.",
+    )
+    keep_special_tokens: bool = Field(default=False, description="Whether activations of special tokens are used.")
 
 
 class TrainingSpec(Section):
     """How long and how fast. `tokens` are those of one epoch."""
 
-    tokens: int = Field(default=2_000_000, ge=1)
-    epochs: int = Field(default=1, ge=1)
+    tokens: int = Field(default=2_000_000, ge=1, description="Tokens of one epoch.")
+    epochs: int = Field(default=1, ge=1, description="Times that these tokens are seen.")
     passes: int = Field(
-        default=1, ge=1
-    )  # through the activations at hand, in another order each time, before they are replaced
-    batch_tokens: int = Field(default=4096, ge=1)
-    lr: float | Literal["auto"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = Field(default=0, ge=0)
-    # further dictionaries of each layer that differ in their first weights alone: what transfer could reach at most
-    ceiling_seeds: int = Field(default=0, ge=0, le=3)
-    checkpoint_minutes: float = Field(default=5, ge=0)  # between checkpoints; 0: as often as can be
-    # activations of several epochs are kept on disk: on, off, or auto: where reading them is cheaper than computing them again
-    activation_cache: Literal["auto", "on", "off"] = "auto"
+        default=1,
+        ge=1,
+        description="Times that the activations at hand are trained on before the next text is read. Each time in another "
+        "order. Where the model takes longer than the dictionaries, two passes cost little and are worth nearly as much as twice "
+        "the text.",
+    )
+    batch_tokens: int = Field(default=4096, ge=1, description="Tokens of one step.")
+    lr: float | Literal["auto"] = Field(
+        default="auto",
+        description="Learning rate, a number or `auto`. `auto` is 1.3e-2 · √(min(batch, 4096) / 256) · "
+        "√(512 / max(512, features)) · √(min(1, steps / 300)).",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="`auto`: products in `bfloat16` where the device multiplies it faster; or `float32`, `bfloat16`. Weights and "
+        "optimizer are float32 in any case.",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Of the order of texts, of shuffling and of the first weights. Each layer draws from its own.",
+    )
+    ceiling_seeds: int = Field(
+        default=0,
+        ge=0,
+        le=3,
+        description="Twins of each dictionary, 0 to 3, from other first weights: what transfer reaches at most. They are "
+        "trained beside it, on the same activations in the same order, and transfer is held against what they reach; with two or "
+        "three a ceiling is their mean, with their range. They lie in `layer_07/seed_1`, `seed_2`, … and take the time and memory "
+        "of as many further dictionaries, but no further forward pass. A layer's own dictionary is the same with and without; "
+        "changing the number trains the layers again. Imported layers have none.",
+    )
+    checkpoint_minutes: float = Field(
+        default=5,
+        ge=0,
+        description="Minutes between checkpoints; 0: as often as can be. Longer if saving takes more than 2 % of the time. "
+        "Changes no result.",
+    )
+    activation_cache: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Activations of several epochs on disk: `on`, `off`, or `auto`: where that is cheaper. `on` keeps them until "
+        "training ends, `off` computes them in each epoch, `auto` does whichever is cheaper, if the disk has room. Changes no "
+        "result.",
+    )
 
     @model_validator(mode="after")
     def _at_least_one_batch(self) -> Self:
@@ -206,41 +296,92 @@ class TrainingSpec(Section):
 class GateSpec(Section):
     """What a dictionary must reach before anything is built on it."""
 
-    max_l0_share: float = 0.10  # of d_sae
-    max_fvu: float = 0.5
-    min_ce_recovered: float = 0.8
-    max_dead: float = 0.30
+    max_l0_share: float = Field(
+        default=0.10, description="Largest L0, as a share of the features. And never above d_model."
+    )
+    max_fvu: float = Field(default=0.5, description="Largest share of variance left unexplained.")
+    min_ce_recovered: float = Field(default=0.8, description="Least CE recovered, against zero ablation.")
+    max_dead: float = Field(default=0.30, description="Largest share of features that never fire on the held-out text.")
 
 
 class EvaluationSpec(Section):
     """Held-out text for quality, features, labels and transfer."""
 
-    tokens: int = Field(default=200_000, ge=1)
-    spliced_tokens: int = Field(default=20_000, ge=1)  # for the measures that run the model several times per layer
-    sample_tokens: int = Field(default=20_000, ge=1)  # for labels and reconstruction, which keep the residual stream
+    tokens: int = Field(
+        default=200_000,
+        ge=1,
+        description="Held-out tokens for quality, features and matching. They are counted in the first model's.",
+    )
+    spliced_tokens: int = Field(
+        default=20_000, ge=1, description="Of these, for running the model with each dictionary in place."
+    )
+    sample_tokens: int = Field(
+        default=20_000,
+        ge=1,
+        description="Of these, for labels and reconstruction, which keep the residual stream in memory.",
+    )
 
 
 class LlmSpec(Section):
     """The language model that the labeler `llm` asks: at an OpenAI-compatible endpoint (base_url), or in this process (path)."""
 
-    base_url: str | None = None  # such as http://localhost:8000/v1
-    model: str | None = None  # its name there
-    path: str | None = None  # a hub id, a local folder or zoo/NAME
-    api: Literal["chat", "completions"] = "chat"  # completions: for a model without a chat template
-    key_variable: str | None = "OPENAI_API_KEY"  # environment variable with the key; a key itself is never written down
-    features: int = Field(default=20, ge=1)  # of each layer, of those that no other labeler has words for
-    # influential: largest effects in the run's traces first; active: largest sum of activation first
-    order: Literal["active", "influential"] = "active"
-    examples: int = Field(default=20, ge=1)  # contexts of the selection text that a label is made from
-    judged: int = Field(default=20, ge=2)  # held-out contexts in which the feature is active, and as many others
-    per_call: int = Field(default=5, ge=1)  # contexts judged in one answer
-    context: int = Field(default=32, ge=2)  # tokens of a context
-    answer_tokens: int = Field(default=200, ge=1)  # longest answer; a model that reasons aloud needs more
-    price_in: float | None = Field(default=None, ge=0)  # of a million tokens of prompts, in any currency
-    price_out: float | None = Field(default=None, ge=0)  # of a million tokens of answers
-    timeout_seconds: float = Field(default=60, gt=0)  # of one try
-    retries: int = Field(default=5, ge=0)  # after 429, 5xx, time-outs and lost connections, with growing pauses
-    concurrency: int = Field(default=4, ge=1)  # calls at once
+    base_url: str | None = Field(
+        default=None, description="Such as `http://localhost:8000/v1`; without user, password or query."
+    )
+    model: str | None = Field(default=None, description="Its name at the endpoint.")
+    path: str | None = Field(
+        default=None,
+        description="In place of an endpoint: a hub id, a local folder with safetensors, or `zoo/NAME`; no remote code.",
+    )
+    api: Literal["chat", "completions"] = Field(
+        default="chat",
+        description="`chat`: chat completions. `completions`: plain text is continued, for a model without a chat template.",
+    )
+    key_variable: str | None = Field(
+        default="OPENAI_API_KEY",
+        description="The environment variable that holds the key, if there is one. The key itself is never written down. `null` "
+        "sends none.",
+    )
+    features: int = Field(default=20, ge=1, description="Of each layer, of those that no other labeler has words for.")
+    order: Literal["active", "influential"] = Field(
+        default="active",
+        description="Which come first. `active`: largest sum of activation on the selection text. `influential`: largest measured "
+        "effects in the run's traces, then `active`.",
+    )
+    examples: int = Field(
+        default=20,
+        ge=1,
+        description="Contexts of the selection text that a label is made from, at even ranks of activation.",
+    )
+    judged: int = Field(
+        default=20,
+        ge=2,
+        description="Held-out contexts in which the feature is active, at even ranks, and as many in which it is not.",
+    )
+    per_call: int = Field(default=5, ge=1, description="Contexts judged in one answer.")
+    context: int = Field(
+        default=32,
+        ge=2,
+        description="Tokens of a context; where documents are short and much alike, less leaves contexts in which a feature is not "
+        "active.",
+    )
+    answer_tokens: int = Field(
+        default=200, ge=1, description="Longest answer, in tokens; a model that reasons aloud needs more."
+    )
+    price_in: float | None = Field(
+        default=None,
+        ge=0,
+        description="Of a million tokens of prompts, in any currency; with `price_out` the cost is said in money.",
+    )
+    price_out: float | None = Field(default=None, ge=0, description="Of a million tokens of answers.")
+    timeout_seconds: float = Field(default=60, gt=0, description="Seconds that one try may take.")
+    retries: int = Field(
+        default=5,
+        ge=0,
+        description="Further tries after 429, 5xx, time-outs, lost connections and replies that are none. With growing pauses, or "
+        "as long as the endpoint asks for.",
+    )
+    concurrency: int = Field(default=4, ge=1, description="Calls at once.")
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -267,13 +408,30 @@ class LlmSpec(Section):
 class FeatureSpec(Section):
     """What is kept of each feature."""
 
-    contexts: int = Field(default=6, ge=1)  # examples from the top, and as many spread over the quantiles
-    labelers: list[str] = ["concepts", "tokens"]
-    predicates: list[
-        str
-    ] = []  # functions of the user's, mypackage.module:function, that add to the vocabulary of concepts
-    bar: float = Field(default=0.7, ge=0, le=1)  # a label scored below is shown as unlabelled, with its top tokens
-    llm: LlmSpec | None = None  # whom the labeler llm asks
+    contexts: int = Field(
+        default=6,
+        ge=1,
+        description="Examples of each feature from the top, and as many over the quantiles of its activation.",
+    )
+    labelers: list[str] = Field(
+        default=["concepts", "tokens"], description="Also `llm`, or `mypackage.module:Labeler`."
+    )
+    predicates: list[str] = Field(
+        default=[],
+        examples=[["mypackage.module:function"]],
+        description="Functions of yours that add to the vocabulary of `concepts`. As `mypackage.module:function`.",
+    )
+    bar: float = Field(
+        default=0.7,
+        ge=0,
+        le=1,
+        description="F1 that a label must reach to be shown as one. Where a language model judged, its balanced accuracy too.",
+    )
+    llm: LlmSpec | None = Field(
+        default=None,
+        examples=[{"base_url": "http://localhost:8000/v1", "model": "NAME"}],
+        description="Whom the labeler `llm` asks. Its fields are below.",
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -296,9 +454,15 @@ class FeatureSpec(Section):
 class TransferSpec(Section):
     """Which relations between dictionaries are computed."""
 
-    metrics: list[str] = ["reconstruction", "matching"]
-    min_count: int = Field(default=30, ge=1)  # features active on fewer tokens are left out
-    spliced: bool = False  # reconstruction runs each target model with what it carries over, once a pair of layers
+    metrics: list[str] = Field(
+        default=["reconstruction", "matching"],
+        description="Also `similarity`, `flow`, or `mypackage.module:Metric`. See [measures.md](measures.md).",
+    )
+    min_count: int = Field(default=30, ge=1, description="Features active on fewer tokens are left out.")
+    spliced: bool = Field(
+        default=False,
+        description="Reconstruction also measures `delta_ce`. The target model is run once for each pair of layers.",
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -307,29 +471,59 @@ class TransferSpec(Section):
 
 
 class TraceSpec(Section):
-    """Prompts traced and compared by `throughline run`."""
+    """How prompts are traced, and which are traced by `throughline run`."""
 
-    prompts: list[str] = []
-    features: int = Field(default=6, ge=1)  # shown per layer
-    answer_tokens: int = Field(default=8, ge=1)  # longest answer
-    share: float = Field(default=0.8, gt=0, le=1)  # of each layer's influence that the graph's nodes carry
-    nodes: int = Field(default=24, ge=1)  # of the graph, per layer at most
-    chains: int = Field(default=3, ge=0)  # per token of the answer
+    prompts: list[str] = Field(
+        default=[], examples=[["What is 15 + 27?"]], description="Traced and compared by `throughline run`."
+    )
+    features: int = Field(default=6, ge=1, description="Features shown per layer, beside labelled ones.")
+    answer_tokens: int = Field(default=8, ge=1, description="Longest answer, in tokens.")
+    share: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Share of each layer's influence on the answer that the graph's nodes carry together.",
+    )
+    nodes: int = Field(default=24, ge=1, description="Nodes of the graph in each layer, at most.")
+    chains: int = Field(default=3, ge=0, description="Chains shown for each token of the answer.")
 
 
 class ExecutorSpec(Section):
-    """Where training runs; changes no result but for `cpus` and `devices`, whose numbers may change the last digits."""
+    """Where training runs. It changes no result, but that the numbers of `cpus`, `processes` and `devices` may change the last digits."""
 
-    kind: Literal["local", "ray"] = "local"
-    # of a Ray cluster (auto, HOST:6379, ray://HOST:10001); none: one is started on this machine
-    address: str | None = None
-    cpus: int | None = Field(default=None, ge=1)  # threads of a job; none: all (local), 1 (ray)
-    # models that are worked on side by side, each in a process of its own (local, on a CPU); none: as many as there are
-    # threads where all models are narrower than 256, else one
-    processes: int | None = Field(default=None, ge=1)
-    gpus: float | None = Field(default=None, ge=0)  # of a job (ray); none: 1 where there are any
-    # that train one block together (ray); none: 1, but more where GPUs outnumber the layers that are left
-    devices: int | None = Field(default=None, ge=1)
+    kind: Literal["local", "ray"] = Field(
+        default="local",
+        description="`local`: jobs run in this process, one by one; `ray`: on all devices of a machine or cluster. `ray` "
+        "uses the blocks that `throughline plan` would make of them, and needs `throughline[cluster]`.",
+    )
+    address: str | None = Field(
+        default=None,
+        examples=["HOST:6379"],
+        description="Of a Ray cluster: `auto`, `HOST:6379` or `ray://HOST:10001`. None starts Ray on this machine.",
+    )
+    cpus: int | None = Field(
+        default=None, ge=1, examples=[2], description="Threads of a job. None: all of the machine (`local`), 1 (`ray`)."
+    )
+    processes: int | None = Field(
+        default=None,
+        ge=1,
+        examples=[2],
+        description="Models worked on side by side, each in a process of its own, with `local` on a CPU. None: one for each "
+        "thread if all models are narrower than 256, else 1.",
+    )
+    gpus: float | None = Field(
+        default=None,
+        ge=0,
+        examples=[0.5],
+        description="GPUs of a job, with `ray`; 0.5 puts two jobs on one. None: 1 where there are any.",
+    )
+    devices: int | None = Field(
+        default=None,
+        ge=1,
+        examples=[2],
+        description="Devices that train one block together, with `ray`, each a share of every batch. None: 1, but more where GPUs "
+        "outnumber the layers that are left.",
+    )
 
     @model_validator(mode="after")
     def _no_cluster_here(self) -> Self:
@@ -343,15 +537,26 @@ class ExecutorSpec(Section):
 class LoggingSpec(Section):
     """Where else training's measures go; changes no result."""
 
-    tensorboard: bool = False
-    wandb: str | None = None  # a project
+    tensorboard: bool = Field(
+        default=False,
+        description="Scalars in `RUN/tensorboard/<model>`; needs `throughline[tensorboard]`.",
+    )
+    wandb: str | None = Field(
+        default=None,
+        examples=["my-project"],
+        description="A project of Weights & Biases; needs `throughline[wandb]`. `WANDB_MODE=offline` keeps it on disk.",
+    )
 
 
 class Study(Section):
     """Everything a run is made from; a run is a pure function of it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    models: list[ModelSpec] = Field(min_length=1)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        examples=["my-study"],
+        description="Letters, digits, `.`, `_`, `-`; the run lies in `runs/<name>` unless `--out` says otherwise.",
+    )
+    models: list[ModelSpec] = Field(min_length=1, description="A list; a path alone stands for `{path: …}`.")
     data: DataSpec
     dictionary: DictionarySpec = DictionarySpec()
     training: TrainingSpec = TrainingSpec()

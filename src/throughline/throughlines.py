@@ -25,7 +25,8 @@ CONFIDENCE = 1.96  # standard deviations of a 95 % interval
 
 
 class Persistence(NamedTuple):
-    """S(d) with its 95 % interval for d = 0, 1, … layers; its null and ceiling (all NaN if there is none); features counted."""
+    """S(d) with its 95 % interval for d = 0, 1, … layers; its null and ceiling (all NaN if there is none); features counted; and of
+    several twins the ceilings of the least and of the most of them at every link (NaN with one)."""
 
     share_D: np.ndarray
     low_D: np.ndarray
@@ -33,6 +34,8 @@ class Persistence(NamedTuple):
     null_D: np.ndarray
     ceiling_D: np.ndarray
     num_D: np.ndarray
+    ceiling_min_D: np.ndarray
+    ceiling_max_D: np.ndarray
 
     @property
     def half_life(self) -> float | None:
@@ -115,10 +118,10 @@ def measure_persistence(result: TransferResult, table: pl.DataFrame) -> Persiste
     start_C = np.array([place_of[layer] for layer in chains["birth"]], dtype=np.int64)
     length_C = chains["length"].to_numpy()
     links = np.arange(depth - 1)
+    none = np.full((depth, depth), np.nan)
+    names = {"ceiling": "ceiling_mutual", "min": "ceiling_mutual_min", "max": "ceiling_mutual_max"}
     of_links = {"null": arrays["null"][links, links + 1]}
-    of_links["ceiling"] = (
-        arrays["ceiling_mutual"][links, links + 1] if "ceiling_mutual" in arrays else np.full(depth - 1, np.nan)
-    )
+    of_links |= {name: arrays.get(saved, none)[links, links + 1] for name, saved in names.items()}
     rows = []
     for d in range(depth):
         counted_C = np.clip(
@@ -134,7 +137,7 @@ def measure_persistence(result: TransferResult, table: pl.DataFrame) -> Persiste
             for name, shares in of_links.items()
         }
         low, high = max(0.0, share - CONFIDENCE * deviation), min(1.0, share + CONFIDENCE * deviation)
-        rows.append((share, low, high, products["null"], products["ceiling"], total))
+        rows.append((share, low, high, products["null"], products["ceiling"], total, products["min"], products["max"]))
     return Persistence(*np.array(rows, dtype=float).T)
 
 

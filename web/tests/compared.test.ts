@@ -13,6 +13,9 @@ const standings = (ceiling: number | null): Standings => ({
   most_universal_by_chance: 0.005,
   most_universal_by_kind: 0.08,
   ceiling,
+  ceiling_min: null,
+  ceiling_max: null,
+  num_twins: 0,
 });
 
 describe("standingRows", () => {
@@ -21,6 +24,13 @@ describe("standingRows", () => {
     expect(what(null)).not.toContain("universal/ceiling");
     expect(what(0.9)).toContain("universal/ceiling");
     expect(what(null)).toHaveLength(5 + 3 + 3);
+  });
+  it("says of how many seeds a ceiling is the mean, with the least and the most", () => {
+    const several = { ...standings(0.9), ceiling_min: 0.85, ceiling_max: 0.95, num_twins: 3 };
+    const [one, three] = [standings(0.9), several].map((mine) => standingRows(["a"], { a: mine }).find((row) => row.what === "ceiling"));
+    expect(one?.note).toBe("found again with another seed");
+    expect(three?.note).toBe("found again with another seed: mean of 3, least and most");
+    expect([shareWords(one?.by.a), shareWords(three?.by.a)]).toEqual(["90 %", "90 % [85, 95]"]);
   });
   it("gives each model its own numbers, and says which are bounds", () => {
     const rows = standingRows(["a"], { a: standings(0.9) });

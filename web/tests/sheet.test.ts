@@ -70,6 +70,14 @@ test("a ceiling of another matrix stands beside it", () => {
   expect(orthogonal?.ceilings).toEqual(["ceiling"]);
 });
 
+test("a ceiling of several seeds has their range beside it", () => {
+  const one = (value: number): Matrix => [[value]];
+  const sheet = sheetOf(answer("a", "b", [[0], [1]], { value: one(0.5), ceiling: one(0.8), ceiling_min: one(0.7), ceiling_max: one(0.9), num_twins: one(3) }));
+  const known = measured("matching", Object.keys(sheet.matrices));
+  expect(known.map(({ name }) => name)).toEqual(["value", "ceiling"]);
+  expect(describeCell(sheet, known[0] as (typeof known)[0], known, { row: 0, column: 0 })).toContain("ceiling: 0.8 (0.7 to 0.9 over 3 seeds)");
+});
+
 test("the sample is told as a span where results differ", () => {
   expect(describeSample([own.info, other.info])).toBe("n = 1,000 to 2,000 tokens of 10 documents, 50 % to 100 % of the source's tokens aligned, seed 0");
 });

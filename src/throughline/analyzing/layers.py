@@ -3,7 +3,7 @@
 import numpy as np
 import polars as pl
 
-from throughline.analyzing.shares import Share, finite, mean, one_way
+from throughline.analyzing.shares import Share, describe_twins, finite, mean, one_way
 from throughline.records import Curve, Finding, TransferResult
 
 THIRDS = ("early", "middle", "late")
@@ -61,6 +61,9 @@ def _decay(result: TransferResult) -> tuple[Finding, Curve]:
         high=finite(np.array(means_of("high"))),
         null=finite(np.array(nulls)),
         ceiling=finite(np.array(means_of("ceiling"))),
+        ceiling_min=finite(np.array(means_of("ceiling_min"))),
+        ceiling_max=finite(np.array(means_of("ceiling_max"))),
+        num_twins=result.num_twins if "ceiling_min" in result.arrays else 0,
         num=[int((known & (distance == d)).sum()) for d in steps],
     )
     return Finding(topic="decay with distance", sentence=sentence + ".", beyond_null=beyond, numbers=numbers), curve
@@ -147,6 +150,9 @@ def _bottleneck(result: TransferResult) -> Finding:
         if ceilings is not None
         else ""
     )
+    if result.num_twins:
+        ends = (float(result.arrays[f"ceiling_mutual_{end}"][place, place + 1]) for end in ("min", "max"))
+        ceiling += describe_twins(result, *ends)
     words = (
         f"{info.source}: fewest features go on from layer {info.source_layers[place]} to {info.source_layers[place + 1]}:"
         f" {link}{ceiling}; {others} elsewhere"

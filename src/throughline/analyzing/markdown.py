@@ -19,7 +19,14 @@ def write_markdown(analysis: Analysis, name: str) -> str:
     for kind, (title, x, what) in KINDS.items():
         curves = [curve for curve in analysis.curves if curve.kind == kind]
         if curves:
-            lines += [f"## {title}: numbers", "", f"{what[:1].upper()}{what[1:]}; 95 % intervals in brackets.", ""]
+            twins = max(curve.num_twins for curve in curves)
+            seeds = f"; ceilings are means of {twins} seeds, least and most behind them" if twins else ""
+            lines += [
+                f"## {title}: numbers",
+                "",
+                f"{what[:1].upper()}{what[1:]}; 95 % intervals in brackets{seeds}.",
+                "",
+            ]
             lines += [f"| | {x} | value | null | ceiling | n |", "|---|---|---|---|---|---|"]
             lines += [row for curve in curves for row in _rows(curve)]
             lines.append("")
@@ -33,8 +40,10 @@ def _rows(curve: Curve) -> list[str]:
         value = _number(curve.value, i)
         interval = f" [{_number(curve.low, i)}, {_number(curve.high, i)}]" if curve.low else ""
         n = f"{curve.num[i]:,}" if curve.num else ""
+        least, most = _number(curve.ceiling_min, i), _number(curve.ceiling_max, i)
+        spread = f" ({least} to {most})" if least else ""
         rows.append(
-            f"| {named} | {x:.3g} | {value}{interval} | {_number(curve.null, i)} | {_number(curve.ceiling, i)} | {n} |"
+            f"| {named} | {x:.3g} | {value}{interval} | {_number(curve.null, i)} | {_number(curve.ceiling, i)}{spread} | {n} |"
         )
     return rows
 

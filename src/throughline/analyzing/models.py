@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from throughline.analyzing.naming import most_frequent
-from throughline.analyzing.shares import Share, finite, mean
+from throughline.analyzing.shares import Share, describe_twins, finite, mean
 from throughline.records import Curve, Finding, TransferResult
 
 
@@ -64,7 +64,9 @@ def _divergence(result: TransferResult) -> tuple[Finding | None, Curve]:
     depth = np.array(info.source_layers)[known] / max(1, max(info.source_layers))
     at_best = {name: arrays[name][known, best] for name in ("value", "low", "high", "null")}
     ceilings = {
-        name: arrays[name][known, best] for name in ("ceiling", "ceiling_low", "ceiling_high") if name in arrays
+        name: arrays[name][known, best]
+        for name in ("ceiling", "ceiling_low", "ceiling_high", "ceiling_min", "ceiling_max")
+        if name in arrays
     }
     curve = Curve(
         kind="divergence",
@@ -73,6 +75,7 @@ def _divergence(result: TransferResult) -> tuple[Finding | None, Curve]:
         target=info.target,
         x=[float(d) for d in depth],
         num=[int(n) for n in arrays["live"][known].sum(1)] if "live" in arrays else [],
+        num_twins=result.num_twins,
         **{name: finite(array) for name, array in (at_best | ceilings).items()},
     )
     numbers: dict[str, float | int | str | None] = {"source": info.source, "target": info.target, "n": info.num_tokens}
@@ -87,12 +90,14 @@ def _divergence(result: TransferResult) -> tuple[Finding | None, Curve]:
         ), curve
     p = int(left[0])
     layers = (info.source_layers[known[p]], info.target_layers[best[p]])
+    ends = [float(ceilings[f"ceiling_{end}"][p]) for end in ("min", "max")] if result.num_twins else []
+    twins = describe_twins(result, *ends) if ends else ""
     again = np.flatnonzero(at_best["high"][p:] >= ceilings["ceiling_low"][p:])
     sentence = (
         f"{pair}: similarity leaves its ceiling at relative depth {depth[p]:.2f} (layer {layers[0]}): "
         f"{at_best['value'][p]:.0%} [{at_best['low'][p]:.0%}, {at_best['high'][p]:.0%}] are found in layer {layers[1]}, "
         f"{ceilings['ceiling'][p]:.0%} [{ceilings['ceiling_low'][p]:.0%}, {ceilings['ceiling_high'][p]:.0%}] in a dictionary of "
-        f"the same layer from another seed (null {at_best['null'][p]:.0%})"
+        f"the same layer from another seed{twins} (null {at_best['null'][p]:.0%})"
         + (
             f"; {len(again)} of the {len(depth) - p - 1} layers after it are within the ceiling again."
             if len(again)
@@ -106,6 +111,8 @@ def _divergence(result: TransferResult) -> tuple[Finding | None, Curve]:
         "ceiling": float(ceilings["ceiling"][p]),
         "null": float(at_best["null"][p]),
     }
+    if ends:
+        numbers |= {"ceiling min": ends[0], "ceiling max": ends[1], "twins": result.num_twins}
     return Finding(topic="divergence", sentence=sentence, beyond_null=True, numbers=numbers), curve
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from throughline.analyzing.naming import most_frequent
-from throughline.analyzing.shares import Share, finite
+from throughline.analyzing.shares import Share, describe_twins, finite
 from throughline.records import Curve, Finding, TransferResult
 from throughline.throughlines import measure_persistence
 
@@ -21,6 +21,7 @@ def describe_throughlines(result: TransferResult, table: pl.DataFrame) -> tuple[
     half_life = lived.half_life
     beyond = bool(lived.low_D[1] > lived.null_D[1])
     ceiling = f", {lived.ceiling_D[1]:.0%} by another seed's dictionaries" if np.isfinite(lived.ceiling_D[1]) else ""
+    ceiling += describe_twins(result, lived.ceiling_min_D[1], lived.ceiling_max_D[1]) if ceiling else ""
     gone = f"half are gone after {half_life:.1f} layers" if half_life is not None else "more than half live to the end"
     sentence = (
         f"{info.source}: {len(chains)} throughlines, of which {longer} live longer than one layer and {whole} through all {depth}; "
@@ -46,6 +47,9 @@ def describe_throughlines(result: TransferResult, table: pl.DataFrame) -> tuple[
         high=finite(lived.high_D),
         null=finite(lived.null_D),
         ceiling=finite(lived.ceiling_D) if np.isfinite(lived.ceiling_D).any() else [],
+        ceiling_min=finite(lived.ceiling_min_D) if result.num_twins else [],
+        ceiling_max=finite(lived.ceiling_max_D) if result.num_twins else [],
+        num_twins=result.num_twins,
         num=[int(n) for n in lived.num_D],
     )
     words = sentence + ("." if beyond else "; nothing beyond the null.")

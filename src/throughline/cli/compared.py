@@ -107,14 +107,17 @@ def _standings(out: Console, models: list[str], standings: dict[str, Standings],
         table.add_row("", "by chance", *(_percent(mine.chance.get(s), 1) for s in STANDINGS), "")
         kind = f"≤ {_percent(mine.most_universal_by_kind, 1)}"
         table.add_row("", "by kind of token", kind, "", "", "")
-        table.add_row("", "other seed has", _percent(mine.ceiling), "", "", "")
+        ends = f" [{mine.ceiling_min:.0%}, {mine.ceiling_max:.0%}]" if mine.ceiling_min is not None else ""
+        table.add_row("", "other seed has", f"{_percent(mine.ceiling)}{ends}", "", "", "")
     out.print(table)
     rare = ", ".join(f"{_short(m)} {standings[m].num_rare:.0f}" for m in models if standings[m].num_rare >= 1)
     bound = max(s.most_universal_by_chance for s in standings.values())
+    twins = max(s.num_twins for s in standings.values())
     _say(
         out,
         f"By the threshold's definition at most {_percent(bound, 1)} are universal by chance. Other seed: share of the features "
-        "of such layers that a dictionary of the same layer from another seed has."
+        "of such layers that a dictionary of the same layer from another seed has"
+        + (f", mean of {twins} seeds, of which the least and the most stand in brackets." if twins else ".")
         + (f" Too rare to be judged: {rare}." if rare else ""),
     )
 

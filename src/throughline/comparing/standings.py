@@ -9,8 +9,8 @@
    definition 1 - NULL_QUANTILE of them pass in each layer, so at most that times the number of layers in a model, and at most
    the least of these in all models (bounds of Boole and Frechet: they hold however much layers and models agree)
 5. kind of position: the same bounds from the null of `matching`, the share that passes when only roles are known
-6. ceiling: the share of a layer's features that its dictionary from another seed has, in the pair of layers where it is
-   largest, and the model where that is least
+6. ceiling: the share of a layer's features that its dictionary from another seed has (of several the mean, and their range), in
+   the pair of layers where it is largest, and the model where that is least
 """
 
 from collections.abc import Mapping
@@ -46,6 +46,8 @@ class Counterparts:
     most_by_kind_L: np.ndarray
     most_by_chance: float
     ceiling_L: np.ndarray
+    ceiling_ends_L: tuple[np.ndarray, np.ndarray]  # least and most of several twins; NaN with one
+    num_twins: int  # 0: not told, which is one or none
     partners: Mapping[
         str, tuple[np.ndarray, np.ndarray, np.ndarray]
     ]  # other model -> layer, feature, correlation, [L, F]
@@ -60,13 +62,18 @@ class Counterparts:
         chances = [_best_partners(r, "chance")[0] for r in results.values()] if "chance" in first.arrays else []
         kinds = [np.minimum(1, np.nansum(r.arrays["null"], axis=1)) for r in results.values()]
         passing = [(1 - NULL_QUANTILE) * len(r.info.target_layers) for r in results.values()]
+        ceilings_RCL = np.stack([_ceilings(r) for r in results.values()])
+        least = ceilings_RCL[:, 0].argmin(0)  # NaN, no ceiling, comes before all numbers
+        ceiling_L, min_L, max_L = np.take_along_axis(ceilings_RCL, least[None, None], 0)[0]
         return cls(
             layers=first.info.source_layers,
             places_LF=_places([p[0] for p in partners.values()], live_LF),
             by_chance_LF=_places(chances, live_LF) if chances else np.full(live_LF.shape, -1),
             most_by_kind_L=np.min(kinds, axis=0),
             most_by_chance=min(1.0, *passing),
-            ceiling_L=np.min([_ceiling(r) for r in results.values()], axis=0),
+            ceiling_L=ceiling_L,
+            ceiling_ends_L=(min_L, max_L),
+            num_twins=first.num_twins,
             partners=partners,
         )
 
@@ -108,12 +115,14 @@ def _places(layers: list[np.ndarray], live_LF: np.ndarray) -> np.ndarray:
     return np.where(live_LF, np.where(count == len(layers), 0, np.where(count > 0, 1, 2)), -1)
 
 
-def _ceiling(result: TransferResult) -> np.ndarray:
-    """By source layer; NaN where there is none."""
-    none = np.full(len(result.info.source_layers), np.nan)
-    ceiling = result.arrays.get("ceiling", none[:, None])
-    known = np.asarray(np.isfinite(ceiling).any(1))
-    return np.where(known, np.where(known[:, None], np.nan_to_num(ceiling, nan=-1.0), 0).max(1), np.nan)
+def _ceilings(result: TransferResult) -> np.ndarray:
+    """Ceiling, and least and most of several twins, in the pair of layers where the ceiling is largest: [3, L] by source layer;
+    NaN where there is none."""
+    none = np.full((len(result.info.source_layers), 1), np.nan)
+    ceiling = result.arrays.get("ceiling", none)
+    place = np.where(np.isnan(ceiling), -np.inf, ceiling).argmax(1)[:, None]
+    each = (ceiling, *(result.arrays.get(f"ceiling_{end}", np.full_like(ceiling, np.nan)) for end in ("min", "max")))
+    return np.stack([np.take_along_axis(array, place, 1)[:, 0] for array in each])
 
 
 def judge_prompt(found: Counterparts, reading: PromptReading, seed: int) -> Standings:
@@ -131,6 +140,9 @@ def judge_prompt(found: Counterparts, reading: PromptReading, seed: int) -> Stan
         most_universal_by_chance=found.most_by_chance,
         most_universal_by_kind=float(found.most_by_kind_L[rows[known]].mean()) if known.any() else 0.0,
         ceiling=_known_mean(found.ceiling_L[rows[known]]),
+        ceiling_min=_known_mean(found.ceiling_ends_L[0][rows[known]]),
+        ceiling_max=_known_mean(found.ceiling_ends_L[1][rows[known]]),
+        num_twins=found.num_twins,
     )
 
 
@@ -141,7 +153,10 @@ def judge_prompts(found: Counterparts, readings: list[PromptReading], seed: int)
     def mean(values: list[float]) -> float:
         return float(np.mean(values)) if values else 0.0
 
-    ceilings = [s.ceiling for s in each if s.ceiling is not None]
+    def known_mean(name: str) -> float | None:
+        values = [value for judged in each if (value := getattr(judged, name)) is not None]
+        return mean(values) if values else None
+
     return Standings(
         active={s: estimate(np.array([judged.active[s].value for judged in each]), seed) for s in STANDINGS},
         num_active=mean([s.num_active for s in each]),
@@ -151,7 +166,10 @@ def judge_prompts(found: Counterparts, readings: list[PromptReading], seed: int)
         chance={s: mean([judged.chance[s] for judged in each]) for s in STANDINGS} if each and each[0].chance else {},
         most_universal_by_chance=found.most_by_chance,
         most_universal_by_kind=mean([s.most_universal_by_kind for s in each]),
-        ceiling=mean(ceilings) if ceilings else None,
+        ceiling=known_mean("ceiling"),
+        ceiling_min=known_mean("ceiling_min"),
+        ceiling_max=known_mean("ceiling_max"),
+        num_twins=found.num_twins,
     )
 
 

@@ -31,7 +31,8 @@ def name_prompts(found: Comparison | ComparisonTotals) -> list[str]:
 def draw_comparison(found: Comparison | ComparisonTotals) -> "Figure":
     """Left, bars from birth to death of each concept in each model, by relative depth (pale: there on less than half of the
     prompts); right, the standings of the active features (thick, with the interval of the universal ones) over those of all live
-    ones (thin); dotted, the most that would be universal by the kind of token alone; red, the ceiling by another seed.
+    ones (thin); dotted, the most that would be universal by the kind of token alone; red, the ceiling by another seed, of
+    several the mean with their range.
     """
     bars = _list_bars(found)
     with styled():
@@ -98,6 +99,8 @@ def _draw_shares(axes: "Axes", models: list[str], standings: dict[str, Standings
         axes.plot([kind] * 2, [row - 0.34, row + 0.38], color="white", linewidth=1.2, linestyle=":")
         if mine.ceiling is not None:
             axes.plot([mine.ceiling] * 2, [row - 0.34, row + 0.38], color="#b34700", linewidth=1.2)
+        if mine.ceiling_min is not None and mine.ceiling_max is not None:
+            axes.plot([mine.ceiling_min, mine.ceiling_max], [row + 0.38] * 2, color="#b34700", linewidth=2.4)
     axes.set_yticks(range(len(models)), [shorten_name(m, 16) for m in models], parse_math=False)
     axes.set_ylim(len(models) - 0.5, -0.5)
     axes.set_xlim(0, 1)
@@ -105,7 +108,9 @@ def _draw_shares(axes: "Axes", models: list[str], standings: dict[str, Standings
     axes.set_title("partner above chance in the other models", fontsize=SMALL + 1.5)
     for standing, color in STANDING_COLORS.items():
         axes.bar([0], [0], color=color, label=standing)
-    axes.plot([], [], color="#b34700", linewidth=1.2, label="ceiling: other seed")
+    twins = max((found.num_twins for found in standings.values()), default=0)
+    seeds = f"{twins} other seeds, mean and range" if twins else "other seed"
+    axes.plot([], [], color="#b34700", linewidth=1.2, label=f"ceiling: {seeds}")
 
 
 def _title(found: Comparison | ComparisonTotals) -> str:

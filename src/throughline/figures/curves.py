@@ -1,6 +1,7 @@
 """The analysis as lines: what is found of each layer elsewhere, what is left at a distance, and how long throughlines live.
 
-In every panel a line is the value and its band the interval, dotted is the null, dashed the ceiling with its own band.
+In every panel a line is the value and its band the interval, dotted is the null, dashed the ceiling with its own band: its
+interval or, where it has none, the range over several seeds.
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ def draw_divergence(curves: Sequence[Curve], *, num_tokens: int | None = None, s
             _finish(axes, own, name, [curve.target for curve in own])
             axes.set_xlim(-0.03, 1.03)
         _label_outer(grid, "relative depth of the source layer", "share found in the best layer")
-        _add_legend(figure, grid, "found in ", "ceiling: the source layer against a dictionary of it from another seed")
+        ceiling = f"ceiling: the source layer against a dictionary of it from another seed{_seeds(found)}"
+        _add_legend(figure, grid, "found in ", ceiling)
         title = f"What is found of each layer in other models: {', '.join(metrics)}"
         figure.suptitle(_title(title, found, "features", num_tokens, seed))
     return figure
@@ -64,7 +66,8 @@ def draw_decay(curves: Sequence[Curve], *, num_tokens: int | None = None, seed: 
             _finish(axes, own, metric, [curve.source for curve in own])
             _count_layers(axes)
         _label_outer(grid, "distance in layers", "mean over pairs of layers")
-        _add_legend(figure, grid, "", "ceiling: another seed (matching), its own dictionary (reconstruction)")
+        ceiling = f"ceiling: another seed (matching), its own dictionary (reconstruction){_seeds(found)}"
+        _add_legend(figure, grid, "", ceiling)
         title = "What two layers of a model share, by the distance between them"
         figure.suptitle(_title(title, found, "pairs of layers", num_tokens, seed))
     return figure
@@ -95,10 +98,19 @@ def draw_persistence(curves: Sequence[Curve], *, num_tokens: int | None = None, 
             _finish(axes, own, metric if len(metrics) > 1 else "", [curve.source for curve in own])
             _count_layers(axes)
         _label_outer(grid, "number of layers", "share of throughlines alive")
-        _add_legend(figure, grid, "", "ceiling: dictionaries of another seed")
+        _add_legend(figure, grid, "", f"ceiling: dictionaries of another seed{_seeds(found)}")
         title = "How long throughlines live" + (f": {metrics[0]}" if len(metrics) == 1 else "")
         figure.suptitle(_title(title, found, "throughlines", num_tokens, seed))
     return figure
+
+
+def _seeds(curves: Sequence[Curve]) -> str:
+    """`, mean of 3 seeds` where ceilings are of several, and what their band is if it is no interval."""
+    several = [curve for curve in curves if curve.num_twins]
+    if not several:
+        return ""
+    band = "" if any(curve.ceiling_low for curve in several) else ", band: their range"
+    return f", mean of {max(curve.num_twins for curve in several)} seeds{band}"
 
 
 def half_life(curve: Curve) -> float | None:
@@ -148,7 +160,8 @@ def _draw_curve(axes: "Axes", curve: Curve, number: int, label: str) -> None:
     if any(y is not None for y in curve.null):
         axes.plot(x, numbers(curve.null), color=color, linestyle=":", linewidth=1.2, label="_null", zorder=3)
     if any(y is not None for y in curve.ceiling):
-        _draw_band(axes, x, curve.ceiling_low, curve.ceiling_high, color, 0.1)
+        band = (curve.ceiling_low, curve.ceiling_high) if curve.ceiling_low else (curve.ceiling_min, curve.ceiling_max)
+        _draw_band(axes, x, *band, color, 0.1)
         axes.plot(x, numbers(curve.ceiling), color=color, linestyle="--", linewidth=1.1, label="_ceiling", zorder=3)
 
 

@@ -22,6 +22,8 @@ class BestMatches(NamedTuple):
     chance: np.ndarray
     threshold: float  # NaN where there is none
     ceiling: float
+    ceiling_min: float = float("nan")  # of several seeds the least and the most
+    ceiling_max: float = float("nan")
 
 
 def best_matches(result: TransferResult) -> BestMatches:
@@ -39,9 +41,12 @@ def best_matches(result: TransferResult) -> BestMatches:
         real, by_chance = correlation[used], chance[used]
     else:  # fmax knows no NaN unless there is nothing else
         real, by_chance = np.fmax.reduce(correlation, axis=1), np.fmax.reduce(chance, axis=1)
-    ceilings = arrays.get("ceiling_correlation", np.zeros((0, 0)))
+    ends = ("ceiling_correlation", "ceiling_correlation_min", "ceiling_correlation_max")
     return BestMatches(
-        real[np.isfinite(real)], by_chance[np.isfinite(by_chance)], _mean(arrays["threshold"][used]), _mean(ceilings)
+        real[np.isfinite(real)],
+        by_chance[np.isfinite(by_chance)],
+        _mean(arrays["threshold"][used]),
+        *(_mean(arrays.get(name, np.zeros((0, 0)))) for name in ends),
     )
 
 
@@ -49,7 +54,8 @@ def draw_best_matches(results: list[TransferResult]) -> "Figure":
     """One panel a pair of models: the share of features whose best correlation is at least r, against r, beside chance.
 
     Rows are source models, columns targets; of the results those of matching are drawn. Vertical lines are the mean threshold,
-    and the mean best correlation with a dictionary of the same layer from another seed. Raises ValueError if there is none.
+    and the mean best correlation with a dictionary of the same layer from another seed, shaded over several. Raises ValueError
+    if there is none.
     """
     found = [result for result in results if {"correlation", "chance"} <= result.arrays.keys()]
     if not found:
@@ -105,6 +111,9 @@ def _draw_pair(axes: "Axes", best: BestMatches, result: TransferResult) -> None:
     ):
         if np.isfinite(place):
             axes.axvline(place, color=color, linestyle=style, linewidth=1.1, label=label)
+    if np.isfinite(best.ceiling_min):
+        axes.axvspan(best.ceiling_min, best.ceiling_max, color=_CEILING, alpha=0.2, linewidth=0)
+        axes.plot([], [], color=_CEILING, alpha=0.2, linewidth=6, label="range over several other seeds")
 
 
 def _add_legend(figure: "Figure", grid: np.ndarray) -> None:

@@ -101,7 +101,7 @@ def draw_transfer(result: TransferResult, *, limits: tuple[float, float] | None 
             axes.set_title(_in_words(name))
         bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, extend=_extension(shown, low, high))
         bar.set_label(info.metric)
-        figure.suptitle(_title(info) + ("" if along else f"; {NO_CEILING}"))
+        figure.suptitle(_title(info) + (_describe_twins([result]) if along else f"; {NO_CEILING}"))
     return figure
 
 
@@ -272,7 +272,7 @@ def _title_of_all(matrix: BlockMatrix, results: list[TransferResult], side: str 
     notes += [f"grey: {missing:,} pairs not computed"] if missing else []
     if side is not None:
         other = "target" if side == "source" else "source"
-        notes.append(f"strips: mean over {other} layers" + ("" if ceiled else f"; {NO_CEILING}"))
+        notes.append(f"strips: mean over {other} layers" + (_describe_twins(results) if ceiled else f"; {NO_CEILING}"))
     else:
         notes.append(NO_CEILING)
     return f"{info.metric} between all layers of {len(matrix.models)} models\n{info.quantity}\n{'; '.join(notes)}"
@@ -280,6 +280,20 @@ def _title_of_all(matrix: BlockMatrix, results: list[TransferResult], side: str 
 
 def _title(info: TransferInfo) -> str:
     return f"{info.metric}: {info.source} → {info.target}\n{info.quantity}\n{describe_sample(info)}"
+
+
+def _describe_twins(results: list[TransferResult]) -> str:
+    """`; ceiling: mean of 3 seeds, at most 0.04 apart`, if ceilings are of several seeds."""
+    twins = max(result.num_twins for result in results)
+    pairs = [
+        (r.arrays[f"{name}_min"], r.arrays[f"{name}_max"])
+        for r in results
+        for name in CEILINGS
+        if f"{name}_min" in r.arrays
+    ]
+    apart = max((np.nanmax(most - least, initial=0.0) for least, most in pairs), default=0.0)
+    name = "ceiling" if any("ceiling_min" in result.arrays for result in results) else "ceiling of other seeds"
+    return f"; {name}: mean of {twins} seeds, at most {apart:.2f} apart" if twins else ""
 
 
 def _extension(arrays: list[np.ndarray], low: float, high: float) -> str:

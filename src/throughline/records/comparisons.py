@@ -58,6 +58,9 @@ class Standings(Record):
     most_universal_by_chance: float  # upper bound by the definition of the threshold
     most_universal_by_kind: float  # upper bound if only the kind of position were known
     ceiling: float | None  # share found again in a dictionary of the same layer from another seed; None without one
+    ceiling_min: float | None = None  # least and most of several seeds, whose mean `ceiling` then is; None with one
+    ceiling_max: float | None = None
+    num_twins: int = 0  # how many seeds these are
 
 
 class SharedFeature(Record):

@@ -30,12 +30,20 @@ class TransferInfo(Record):
 class TransferResult:
     """Arrays [source layer, target layer] named value, low, high (95 % bootstrap interval), null, ceiling; and a metric's own.
 
+    Where layers have several twins a ceiling is the mean over them: NAME_min and NAME_max are the least and the most, and
+    num_twins how many there are.
     `matching` adds threshold [source layer, target layer], partner and correlation [source layer, target layer, source
     feature], and live [source layer, source feature].
     """
 
     info: TransferInfo
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def num_twins(self) -> int:
+        """Twins of each layer (of the layer that has most) if they are several; 0 if there is one or none."""
+        counts = self.arrays.get("num_twins", np.zeros(0))
+        return int(counts[np.isfinite(counts)].max(initial=0))
 
 
 NULL_QUANTILE = 0.999  # of correlations by chance in two layers: the threshold of `matching`
@@ -70,6 +78,9 @@ class Curve(Record):
     ceiling: list[float | None] = []
     ceiling_low: list[float | None] = []
     ceiling_high: list[float | None] = []
+    ceiling_min: list[float | None] = []  # least and most of several twins; empty with one, whose ceiling it is
+    ceiling_max: list[float | None] = []
+    num_twins: int = 0  # dictionaries of each layer from other seeds behind the ceiling; 0 if that is not told
     num: list[int] = []  # features, or pairs of layers, behind each point
 
 

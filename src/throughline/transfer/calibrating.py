@@ -5,7 +5,8 @@
        up or down on either side): at least FEWEST_CHANCES, for the quantile of fewer is their maximum, which says too little
     3. value: the share of live source features whose best real correlation is above the threshold
     4. null: the same share when nothing is known but the kind of position
-    5. ceiling: the same share, above the same threshold, between the source layer and a dictionary of it from another seed
+    5. ceiling: the same share, above the same threshold, between the source layer and a dictionary of it from another seed; of
+       several such twins the mean, their range, and an interval from the lowest bound of theirs to the highest
 
 The two directions have thresholds of their own and count for themselves: their highest chance correlations are the same ones.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from throughline.records import NULL_QUANTILE
 from throughline.stats import bootstrap_interval
 from throughline.transfer.cooccurrence import Best
+from throughline.transfer.pairs import mean_over_twins
 
 FEWEST_CHANCES = 1000
 MOST_SHIFTS = 8
@@ -49,16 +51,16 @@ def num_shifts(sizes: dict[Cell, tuple[int, int]]) -> dict[Cell, int]:
     return found
 
 
-def judge(evidence: dict[Cell, Evidence], twins: dict[int, Evidence], seed: int) -> dict[Cell, dict[str, float]]:
-    """Thresholds, shares and means of every pair of layers in one direction; `twins` by the place of the source layer."""
+def judge(evidence: dict[Cell, Evidence], twins: dict[int, list[Evidence]], seed: int) -> dict[Cell, dict[str, float]]:
+    """Thresholds, shares and means of every pair of layers in one direction; `twins` by the place of the source layer, each
+    twin's against the layer's own dictionary."""
     found = {}
     for cell, mine in evidence.items():
         drawn_CM = np.concatenate([evidence[other].chance_CM for other in _next_to(cell) if other in evidence], axis=1)
         threshold_C = np.quantile(drawn_CM, NULL_QUANTILE, axis=1, method="higher")
         found[cell] = _shares(mine, float(threshold_C[0]), float(threshold_C[-1]), seed)
-        if cell[0] in twins:
-            of_twin = _above(twins[cell[0]], float(threshold_C[-1]), seed)
-            found[cell] |= {"ceiling" if name == "value" else f"ceiling_{name}": n for name, n in of_twin.items()}
+        if twins.get(cell[0]):
+            found[cell] |= _ceilings([_above(twin, float(threshold_C[-1]), seed) for twin in twins[cell[0]]])
     return found
 
 
@@ -105,6 +107,19 @@ def _shares(mine: Evidence, strict_threshold: float, threshold: float, seed: int
         "mean_high": mean_high,
         "null_correlation": float(mine.by_role_U.mean()),
         "strict": float((mine.strict_U > strict_threshold).mean()) if len(mine.strict_U) else math.nan,
+    }
+
+
+def _ceilings(of_twins: list[dict[str, float]]) -> dict[str, float]:
+    """Of what `_above` says of each twin. Another seed may lie anywhere between the lowest and the highest bound."""
+    each = {name: [of_twin[name] for of_twin in of_twins] for name in of_twins[0]}
+    return {
+        **mean_over_twins("ceiling", each["value"]),
+        "ceiling_low": min(each["low"]),
+        "ceiling_high": max(each["high"]),
+        **mean_over_twins("ceiling_mutual", each["mutual"]),
+        **mean_over_twins("ceiling_correlation", each["correlation"]),
+        "num_twins": len(of_twins),
     }
 
 

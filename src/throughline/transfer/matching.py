@@ -7,7 +7,8 @@
     4. null: the share that passes the threshold when nothing is known but the kind of position: tokens shuffled among those
        of the same role in both models (number in the question, word in the answer, …), in the mean over all shuffles
     5. ceiling: the share that passes the same threshold between the source layer and its twin, a dictionary of that layer from
-       another seed
+       another seed; of several twins the mean. Twins are not matched with each other: it is the features of the layer's own
+       dictionary that are looked for elsewhere, so the ceiling is how many of these another seed finds
     6. MPPC, across models: the partner of u in whichever layer of the other model correlates most
 
 Features that fire on fewer than `min_count` aligned tokens are left out: two rare features that meet once correlate perfectly.
@@ -48,6 +49,7 @@ OF_PAIRS = (
     *("mean_correlation", "mean_low", "mean_high", "null_correlation"),
 )
 CEILINGS = ("ceiling", "ceiling_low", "ceiling_high", "ceiling_mutual", "ceiling_correlation")
+SPREADS = ("num_twins", *(f"{name}_{end}" for name in (CEILINGS[0], *CEILINGS[3:]) for end in ("min", "max")))
 OF_DECODERS = ("cosine_agrees", "folded_agrees", "mean_cosine", "pw_mcc", "pw_mcc_by_mass")
 OF_FEATURES = ("correlation", "chance", "sufficiency", "necessity", "jaccard", "cosine")
 
@@ -71,7 +73,8 @@ class Matching:
     both_ways = True
 
     def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> list[TransferResult]:
-        """Both directions. Arrays [Ls, Lt] named in OF_PAIRS, CEILINGS (with twins) and OF_DECODERS (NaN across models);
+        """Both directions. Arrays [Ls, Lt] named in OF_PAIRS, CEILINGS (with twins), SPREADS (with several of a layer) and
+        OF_DECODERS (NaN across models);
         [Ls, Lt, F] in OF_FEATURES and `partner`; live [Ls, F]; gates [n, 6]: source layer, target layer, kind, target feature,
         its two parents; across models those of `best_of_all_layers`. docs/measures.md says what each is."""
         aligned = align(source.codes, target.codes)
@@ -105,11 +108,11 @@ class _Direction:
         self._source, self._target = source, target
         self._gates: list[np.ndarray] = []
         self._evidence: dict[Cell, Evidence] = {}
-        self._twins: dict[int, Evidence] = {}
+        self._twins: dict[int, list[Evidence]] = {}
         shape = (len(source.dictionaries), len(target.dictionaries))
         width = max((d.d_sae for d in source.dictionaries.values()), default=0)
         self.arrays: dict[str, np.ndarray] = {
-            name: np.full(shape, np.nan) for name in (*OF_PAIRS, *CEILINGS, *OF_DECODERS)
+            name: np.full(shape, np.nan) for name in (*OF_PAIRS, *CEILINGS, *SPREADS, *OF_DECODERS)
         }
         for name in OF_FEATURES:
             self.arrays[name] = np.full((*shape, width), np.nan, dtype=np.float32)
@@ -128,19 +131,20 @@ class _Direction:
         self._gates.append(np.insert(found.gates, [0, 0], (i, j), axis=1))
 
     def put_twins(self, tokens_N: np.ndarray, min_count: int) -> None:
-        """Each source layer against its twin."""
-        twins, codes, own = self._source.twins, self._source.twin_codes, self._source.codes
-        if codes is None:
+        """Each source layer against each of its twins."""
+        twins, own = self._source.twins, self._source.codes
+        if not twins:
             return
-        meeting = _Meeting(own, codes, Aligned(tokens_N, tokens_N, 1.0, np.ones(len(tokens_N), bool)))
+        meeting = _Meeting(own, own, Aligned(tokens_N, tokens_N, 1.0, np.ones(len(tokens_N), bool)))
         meeting.prepare(1)
         for i, layer in enumerate(self._source.dictionaries):
-            if layer in twins:
-                live = live_features(codes.layers[layer], tokens_N, min_count)
-                mine = _Source.of(SourceFeatures.of(own.layers[layer], tokens_N, min_count), meeting, 1)
-                found, _ = _match_layers(mine, _Target.of(codes.layers[layer], live, meeting, 1), None, 1, min_count)
-                if found.evidence:
-                    self._twins[i] = found.evidence
+            mine = _Source.of(SourceFeatures.of(own.layers[layer], tokens_N, min_count), meeting, 1)
+            for of_layers, codes in zip(twins, self._source.twin_codes, strict=True):
+                if layer in of_layers:
+                    live = live_features(codes.layers[layer], tokens_N, min_count)
+                    other = _Target.of(codes.layers[layer], live, meeting, 1)
+                    found, _ = _match_layers(mine, other, None, 1, min_count)
+                    self._twins.setdefault(i, []).extend([found.evidence] if found.evidence else [])
 
     def result(self, aligned: Aligned, num_documents: int, min_count: int, seed: int) -> TransferResult:
         """With what the arrays mean."""
@@ -148,10 +152,10 @@ class _Direction:
         for (i, j), numbers in judge(self._evidence, self._twins, seed).items():
             for name, number in numbers.items():
                 self.arrays[name][i, j] = number
+        left_out = () if len(source.twins) > 1 else SPREADS if source.twins else (*CEILINGS, *SPREADS)
+        self.arrays = {name: a for name, a in self.arrays.items() if name not in left_out}
         if not aligned.strict_N.any():
             self.arrays["strict"][:] = np.nan
-        if not source.twins:
-            self.arrays = {name: a for name, a in self.arrays.items() if name not in CEILINGS}
         if source.model != self._target.model:
             self.arrays |= best_of_all_layers(self.arrays["correlation"], self.arrays["chance"])
         gates = np.concatenate(self._gates) if self._gates else np.zeros((0, 6), np.int32)
@@ -165,6 +169,7 @@ class _Direction:
             quantity="share of live source features with a partner in the target layer above the null",
             null="the same share if only the kind of position were known (number in the question, …)",
             ceiling="the share above the same threshold between the source layer and a dictionary of it from another seed"
+            + (f", mean over {len(source.twins)} seeds" if len(source.twins) > 1 else "")
             if source.twins
             else None,
             num_tokens=len(aligned.source_N),

@@ -3,6 +3,7 @@
 A metric relates one model's dictionaries (source, rows) to another's or its own (target, columns), on the same documents.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -29,8 +30,8 @@ class Side(Protocol):
         ...
 
     @property
-    def twins(self) -> dict[int, Dictionary]:
-        """Dictionaries of the same layers that were trained from another seed; empty if the study has none."""
+    def twins(self) -> list[dict[int, Dictionary]]:
+        """Dictionaries of the same layers that were trained from other seeds: one set by layer for each seed; [] without."""
         ...
 
     @property
@@ -39,8 +40,8 @@ class Side(Protocol):
         ...
 
     @property
-    def twin_codes(self) -> Codes | None:
-        """The same text as the twins read it."""
+    def twin_codes(self) -> list[Codes]:
+        """The same text as each of `twins` reads it."""
         ...
 
     @property
@@ -57,6 +58,12 @@ class Side(Protocol):
     def language_model(self) -> LanguageModel:
         """The model itself."""
         ...
+
+
+def mean_over_twins(name: str, values: Sequence[float]) -> dict[str, float]:
+    """What a layer's twins give, one value each, as numbers to save: their mean as `name`, and the range from `name_min` to
+    `name_max`. (A standard deviation of two or three values would say less than the two ends.)"""
+    return {name: sum(values) / len(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 class Metric(Protocol):

@@ -3,8 +3,9 @@
     1. maps between every two layers are fitted on training text (maps.py): raw, scaled, orthogonal, ridge
     2. x_hat = up(SAE_i(down(x_j))), down: layer j's activations -> layer i's, up: the way back
     3. EV[i, j] = 1 - sum|x_j - x_hat|^2 / sum|x_j - mean_j|^2 on held-out tokens, always in layer j's own space
-    4. ceilings: EV of layer j's own dictionary; of one trained from another seed; of the ridge maps with no dictionary between
-       them, up(down(x_j)). Floor: the same as 3 with dictionary i's directions turned at random about layer i's mean
+    4. ceilings: EV of layer j's own dictionary; of one trained from another seed (of several the mean); of the ridge maps with
+       no dictionary between them, up(down(x_j)). Floor: the same as 3 with dictionary i's directions turned at random about
+       layer i's mean
 
 `value` is ridge, the one that is defined and means the same for all pairs. (A raw ratio of losses says nothing, since layers
 differ in scale, mean and basis. Literature: Chen et al. 2025, arXiv 2506.06609; McCann 2026, arXiv 2605.24577.)
@@ -26,13 +27,14 @@ from throughline.records import TransferInfo, TransferResult
 from throughline.splicing import measure_ce
 from throughline.stats import NUM_RESAMPLES
 from throughline.transfer.maps import Fit, FitTokens, LayerMoments, carry, fit_layers, turn
-from throughline.transfer.pairs import Side, align, whole_documents
+from throughline.transfer.pairs import Side, align, mean_over_twins, whole_documents
 
 MOST_TOKENS = 3072
 NULL_TOKENS = 512  # the floor needs less precision
 CHOICE_SHARE = 1 / 8  # of the documents for fitting, on which ridge's penalty is chosen
 VARIANTS = ("raw", "scaled", "orthogonal", "ridge")
 HEADLINE = "ridge"
+SPREADS = ("twin_ceiling_min", "twin_ceiling_max", "num_twins")
 
 
 class Reconstruction:
@@ -48,8 +50,8 @@ class Reconstruction:
 
     def compute(self, source: Side, target: Side, *, seed: int, min_count: int) -> list[TransferResult]:
         """Arrays [Ls, Lt]: value, low, high, null, l0 (of ridge), ceiling, twin_ceiling, round_trip; raw, scaled, orthogonal,
-        ridge, and of those that are not `value` l0_NAME and null_NAME; delta_ce if `spliced`. Where widths differ raw and scaled
-        are NaN."""
+        ridge, and of those that are not `value` l0_NAME and null_NAME; delta_ce if `spliced`; SPREADS where a layer has several
+        twins. Where widths differ raw and scaled are NaN."""
         read, held = align(source.fit, target.fit), align(source.sample, target.sample)
         within = source.model == target.model
         trial = _Trial.of(source.sample.documents_N[held.source_N], seed)
@@ -74,10 +76,12 @@ class Reconstruction:
             return forth, _explain(b, a, fit.reversed, trial) | splice(b, a, fit.reversed, source)
 
         beside = ("delta_ce",) if self._spliced else ()
-        forth, back = _empty(len(here), len(there), beside), _empty(len(there), len(here), beside)
+        ways = (len(here), len(there), target), (len(there), len(here), source)
+        forth, back = (_empty(r, c, beside + (SPREADS if len(side.twins) > 1 else ())) for r, c, side in ways)
         for (i, j), (one, other) in zip(cells, spread(relate, cells, here[0].device), strict=True):
             for name in one:
                 forth[name][i, j] = one[name]
+            for name in other:
                 (forth if within else back)[name][j, i] = other[name]
         results = [TransferResult(self._info(source, target, held.coverage, trial, seed), forth)]
         if not within:
@@ -151,7 +155,7 @@ class _Layer:
     tokens_N: np.ndarray
     variance_N: Float[Tensor, "N"]
     ceiling: float
-    twin_ceiling: float
+    twin_ceilings: dict[str, float]
 
     @property
     def device(self) -> torch.device:
@@ -174,18 +178,18 @@ def _open_layers(side: Side, fit_N: np.ndarray, held_N: np.ndarray, trial: _Tria
 
     def open_layer(place: tuple[int, int]) -> _Layer:
         index, layer = place
-        dictionary, twin = side.dictionaries[layer], side.twins.get(layer)
+        dictionary = side.dictionaries[layer]
+        twins = [of_layers[layer] for of_layers in side.twins if layer in of_layers]
         device = dictionary.W_enc.device
         exact = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         moments = LayerMoments.of(FitTokens(fit_x_LMD[index], fit_N, num_fit, exact))
         x_ND = torch.from_numpy(held_x_LMD[index][tokens_N]).to(device)
         variance_N = (x_ND - x_ND.mean(0)).square().sum(1).cpu().double()
-        own, other = (
-            1 - float(_unexplained(one, x_ND)[0].sum() / variance_N.sum()) if one else math.nan
-            for one in (dictionary, twin)
-        )
+        own, *others = (1 - float(_unexplained(one, x_ND)[0].sum() / variance_N.sum()) for one in (dictionary, *twins))
+        of_twins = mean_over_twins("twin_ceiling", others) | {"num_twins": len(others)} if others else {}
+        of_twins = {name: n for name, n in of_twins.items() if len(side.twins) > 1 or name not in SPREADS}
         turned = carry(dictionary, turn(moments.mean_D, rotation_DD.to(exact)))
-        return _Layer(layer, dictionary, turned, moments, held_x_LMD[index], tokens_N, variance_N, own, other)
+        return _Layer(layer, dictionary, turned, moments, held_x_LMD[index], tokens_N, variance_N, own, of_twins)
 
     device = next(iter(side.dictionaries.values())).W_enc.device
     return list(spread(open_layer, enumerate(side.dictionaries), device))
@@ -194,7 +198,7 @@ def _open_layers(side: Side, fit_N: np.ndarray, held_N: np.ndarray, trial: _Tria
 def _explain(source: _Layer, target: _Layer, fit: Fit, trial: _Trial) -> dict[str, float]:
     """The source's dictionary on the target's activations, through all maps that there are for these widths."""
     x_ND, variance_N = target.x_ND(), target.variance_N
-    found = {"ceiling": target.ceiling, "twin_ceiling": target.twin_ceiling}
+    found = {"ceiling": target.ceiling, **target.twin_ceilings}
     for name in VARIANTS:
         if name not in fit.maps:
             continue

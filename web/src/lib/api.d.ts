@@ -728,6 +728,21 @@ export interface components {
              */
             ceiling_high: (number | null)[];
             /**
+             * Ceiling Min
+             * @default []
+             */
+            ceiling_min: (number | null)[];
+            /**
+             * Ceiling Max
+             * @default []
+             */
+            ceiling_max: (number | null)[];
+            /**
+             * Num Twins
+             * @default 0
+             */
+            num_twins: number;
+            /**
              * Num
              * @default []
              */
@@ -1405,6 +1420,15 @@ export interface components {
             most_universal_by_kind: number;
             /** Ceiling */
             ceiling: number | null;
+            /** Ceiling Min */
+            ceiling_min?: number | null;
+            /** Ceiling Max */
+            ceiling_max?: number | null;
+            /**
+             * Num Twins
+             * @default 0
+             */
+            num_twins: number;
         };
         /**
          * StatusAnswer

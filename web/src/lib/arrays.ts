@@ -81,7 +81,8 @@ const KNOWN: Record<string, Words> = {
 };
 
 const WITHIN: Record<string, [string, string]> = { value: ["low", "high"], mean_correlation: ["mean_low", "mean_high"] };
-const isBound = (name: string): boolean => /(^|_)low$/.test(name) || /^high$|^(mean|ceiling|.*_drop)_high$/.test(name);
+const isBound = (name: string): boolean =>
+  /(^|_)low$|ceiling.*_(min|max)$|^num_twins$/.test(name) || /^high$|^(mean|ceiling|.*_drop)_high$/.test(name);
 
 /** What can be drawn of a metric's matrices, the known ones first; bounds of intervals belong to what they bound. */
 export function measured(metric: string, names: string[]): Measured[] {

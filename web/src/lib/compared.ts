@@ -25,6 +25,7 @@ const plain = (value: number | null | undefined): Estimate => ({ value: value ??
 
 /** All lines; bounds and the ceiling are of universal features alone. Lines that no model has anything for are left out. */
 export function standingRows(models: readonly string[], standings: Record<string, Standings>): StandingRow[] {
+  const seeds = Math.max(0, ...Object.values(standings).map((mine) => mine.num_twins ?? 0));
   const rows = STANDINGS.flatMap((standing) => {
     const row = (what: string, note: string, of: (mine: Standings) => Estimate, bound = false): StandingRow => ({
       key: `${standing}/${what}`,
@@ -45,7 +46,11 @@ export function standingRows(models: readonly string[], standings: Record<string
       ...own,
       row("by the threshold", "at most, by its definition", (s) => plain(s.most_universal_by_chance), true),
       row("by kind of token", "at most, knowing no more", (s) => plain(s.most_universal_by_kind), true),
-      row("ceiling", "found again with another seed", (s) => plain(s.ceiling)),
+      row("ceiling", seeds > 1 ? `found again with another seed: mean of ${seeds}, least and most` : "found again with another seed", (s) => ({
+        ...plain(s.ceiling),
+        low: s.ceiling_min ?? null,
+        high: s.ceiling_max ?? null,
+      })),
     ];
   });
   return rows.filter((row) => Object.values(row.by).some((found) => found.value !== null));

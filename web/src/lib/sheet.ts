@@ -69,6 +69,13 @@ export function withInterval(sheet: Sheet, one: Measured, cell: CellPlace): stri
   return number(valueOf(sheet, one.name, cell)) + interval;
 }
 
+/** `0.72 (0.70 to 0.75 over 3 seeds)`, the range where a ceiling is the mean of several seeds. */
+function withRange(sheet: Sheet, name: string, cell: CellPlace): string {
+  const [least, most] = [valueOf(sheet, `${name}_min`, cell), valueOf(sheet, `${name}_max`, cell)];
+  const range = least === null || most === null ? "" : ` (${number(least)} to ${number(most)} over ${valueOf(sheet, "num_twins", cell)} seeds)`;
+  return number(valueOf(sheet, name, cell)) + range;
+}
+
 /** What a cell says: from where to where, the number with its interval, nulls, ceilings and what they rest on. */
 export function describeCell(sheet: Sheet, one: Measured, known: Measured[], cell: CellPlace): string[] {
   const [from, towards] = [sheet.rows[cell.row], sheet.columns[cell.column]];
@@ -78,7 +85,7 @@ export function describeCell(sheet: Sheet, one: Measured, known: Measured[], cel
   return [
     `${from?.model} layer ${from?.layer} → ${towards?.model} layer ${towards?.layer}`,
     info ? `${one.title}: ${withInterval(sheet, one, cell)}` : "not computed",
-    ...beside.map((name) => `${called(name)}: ${number(valueOf(sheet, name, cell))}`),
+    ...beside.map((name) => `${called(name)}: ${withRange(sheet, name, cell)}`),
     ...(info ? [`n = ${count(info.num_tokens)} tokens of ${count(info.num_documents)} documents`] : []),
   ];
 }
