@@ -1,0 +1,33 @@
+"""The stage that evaluates: quality of every dictionary on held-out text."""
+
+from throughline.pipeline.steps import _evaluate_step, _is_done
+from throughline.quality import evaluate
+from throughline.records import LayerQuality
+from throughline.session import Session
+from throughline.tokens import take_documents
+
+
+def evaluate_models(session: Session) -> list[LayerQuality]:
+    """Quality of every dictionary on held-out text."""
+    study, run = session.study, session.run
+    for spec in study.models:
+        step = _evaluate_step(session, spec)
+        if _is_done(session, step):
+            continue
+        session.say(f"evaluating {spec.name}")
+        with run.step(*step) as files:
+            spliced = take_documents(
+                iter(session.heldout),
+                session.model(spec.name).tokenizer,
+                study.evaluation.spliced_tokens,
+                session.context(spec.name),
+            )
+            qualities = evaluate(
+                session.model(spec.name),
+                session.dictionaries(spec.name),
+                session.rows(spec.name, session.heldout),
+                session.rows(spec.name, spliced),
+                study.gate,
+            )
+            files += [run.write_quality(quality) for quality in qualities]
+    return [quality for spec in study.models for quality in run.quality(spec.name)]

@@ -1,0 +1,23 @@
+"""The stage that describes: statistics and contexts of every feature."""
+
+from throughline.features import describe_features
+from throughline.pipeline.steps import _features_step, _is_done
+from throughline.session import Session
+
+
+def describe_models(session: Session) -> None:
+    """Statistics and contexts of every feature."""
+    for spec in session.study.models:
+        step = _features_step(session, spec)
+        if _is_done(session, step):
+            continue
+        session.say(f"describing the features of {spec.name}")
+        with session.run.step(*step) as files:
+            features, examples = describe_features(
+                session.model(spec.name),
+                session.dictionaries(spec.name),
+                session.evaluation(spec.name),
+                session.study.features.contexts,
+            )
+            files.append(session.run.write_table(spec.name, "features", features))
+            files.append(session.run.write_table(spec.name, "examples", examples))
