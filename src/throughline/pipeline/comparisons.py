@@ -8,7 +8,7 @@ from throughline import comparing
 from throughline.comparing import Matches, compare_traces
 from throughline.errors import InputError
 from throughline.models import check_model, read_tokenizer
-from throughline.pipeline.traces import _require_current, trace
+from throughline.pipeline.traces import require_current, trace
 from throughline.records import Comparison, ComparisonTotals, PromptReading, best_labels
 from throughline.session import Session
 from throughline.tracing import Prompt, Tell, TraceOptions, check_prompt, check_prompts, read_prompts, tell_nobody
@@ -47,7 +47,7 @@ def compare_prompts(
     _check_prompts(session, names, prompts)
     session.require_gate(force)
     for name in names:
-        _require_current(session, name)
+        require_current(session, name)
     texts, readings = [prompt.text for prompt in prompts], {}
     for name in names:
         session.say(f"reading {len(texts)} prompts in {name}")

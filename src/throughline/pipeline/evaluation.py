@@ -1,6 +1,6 @@
 """The stage that evaluates: quality of every dictionary on held-out text."""
 
-from throughline.pipeline.steps import _evaluate_step, _is_done
+from throughline.pipeline.steps import evaluate_step, is_done
 from throughline.quality import evaluate
 from throughline.records import LayerQuality
 from throughline.session import Session
@@ -11,8 +11,8 @@ def evaluate_models(session: Session) -> list[LayerQuality]:
     """Quality of every dictionary on held-out text."""
     study, run = session.study, session.run
     for spec in study.models:
-        step = _evaluate_step(session, spec)
-        if _is_done(session, step):
+        step = evaluate_step(session, spec)
+        if is_done(session, step):
             continue
         session.say(f"evaluating {spec.name}")
         with run.step(*step) as files:

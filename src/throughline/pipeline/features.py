@@ -1,15 +1,15 @@
 """The stage that describes: statistics and contexts of every feature."""
 
 from throughline.features import describe_features
-from throughline.pipeline.steps import _features_step, _is_done
+from throughline.pipeline.steps import features_step, is_done
 from throughline.session import Session
 
 
 def describe_models(session: Session) -> None:
     """Statistics and contexts of every feature."""
     for spec in session.study.models:
-        step = _features_step(session, spec)
-        if _is_done(session, step):
+        step = features_step(session, spec)
+        if is_done(session, step):
             continue
         session.say(f"describing the features of {spec.name}")
         with session.run.step(*step) as files:

@@ -11,7 +11,7 @@ from throughline.asking import Approve, Asking, refuse
 from throughline.codes import Codes, encode_csr
 from throughline.dictionaries import untrained_like
 from throughline.labelers import LayerText
-from throughline.pipeline.steps import _free_label_step, _is_done, _label_step
+from throughline.pipeline.steps import free_label_step, is_done, label_step
 from throughline.records import COVERAGE_COLUMNS, FAMILY_COLUMNS, LABEL_COLUMNS, complete_labels
 from throughline.registry import LABELERS
 from throughline.session import Session
@@ -23,10 +23,10 @@ def label_models(session: Session, approve: Approve = refuse) -> None:
     words for, once `approve` has heard what that costs; calls that failed before are made again."""
     pending = [spec for spec in session.study.models if not _is_labelled(session, spec)]
     for spec in pending:
-        if _is_done(session, _free_label_step(session, spec)) or _is_done(session, _label_step(session, spec)):
+        if is_done(session, free_label_step(session, spec)) or is_done(session, label_step(session, spec)):
             continue
         session.say(f"labelling the features of {spec.name}")
-        with session.run.step(*_free_label_step(session, spec)) as files:
+        with session.run.step(*free_label_step(session, spec)) as files:
             for name, table in _label(session, spec.name).items():
                 files.append(session.run.write_table(spec.name, name, table))
     if pending and session.study.features.asked is not None:
@@ -42,7 +42,7 @@ def _ask_for_labels(session: Session, pending: list[ModelSpec], asking: Asking, 
         asking.require_approval([p.labeler.estimate(p.cases) for p in prepared], approve)
         for spec, ready in zip(pending, prepared, strict=True):
             session.say(f"asking about {len(ready.cases):,} features of {spec.name}")
-            with session.run.step(*_label_step(session, spec)) as files:
+            with session.run.step(*label_step(session, spec)) as files:
                 labels, asked = asking.label(ready)
                 session.run.write_text("study.yaml", dump_study(session.study))  # it may ask whom the run's did not
                 table = pl.concat([free[spec.name], labels]).sort("layer", "feature", "source")
@@ -54,7 +54,7 @@ def _ask_for_labels(session: Session, pending: list[ModelSpec], asking: Asking, 
 def _is_labelled(session: Session, spec: ModelSpec) -> bool:
     """True if all labels are there and no call for one failed."""
     asked = session.run.asked(spec.name) if session.study.features.asked else None
-    return _is_done(session, _label_step(session, spec)) and not (asked and asked.failed)
+    return is_done(session, label_step(session, spec)) and not (asked and asked.failed)
 
 
 def _label(session: Session, name: str) -> dict[str, pl.DataFrame]:

@@ -1,7 +1,7 @@
 """The stage that traces: the study's own prompts, in every model, compared where there are several."""
 
 from throughline.pipeline.comparisons import compare
-from throughline.pipeline.steps import _features_step, _is_done, _label_step
+from throughline.pipeline.steps import features_step, is_done, label_step
 from throughline.pipeline.traces import trace
 from throughline.run_dir import digest_key
 from throughline.session import Session
@@ -13,7 +13,7 @@ def trace_prompts(session: Session, force: bool) -> None:
     names = [spec.name for spec in session.study.models]
     for prompt in session.study.trace.prompts:
         step = _trace_step(session, prompt)
-        if all((name, prompt) in known for name in names) and _is_done(session, step):
+        if all((name, prompt) in known for name in names) and is_done(session, step):
             continue
         session.say(f"tracing {prompt!r}")
         with session.run.step(*step):  # a user's own trace of the prompt may replace the files later, so none is noted
@@ -26,6 +26,6 @@ def trace_prompts(session: Session, force: bool) -> None:
 
 def _trace_step(session: Session, prompt: str) -> tuple[str, str]:
     study, models = session.study, session.study.models
-    made_from = [step(session, spec)[1] for spec in models for step in (_features_step, _label_step)]
+    made_from = [step(session, spec)[1] for spec in models for step in (features_step, label_step)]
     settings = [study.features.bar, study.trace.features, study.trace.answer_tokens, study.transfer.model_dump()]
     return f"trace/{digest_key(prompt)}", digest_key(made_from, settings, session.run.info().forced)

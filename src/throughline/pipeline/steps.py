@@ -11,30 +11,34 @@ def train_steps(session: Session, spec: ModelSpec) -> dict[int, tuple[str, str]]
     return steps_of(session.study, spec, session.layers(spec), session.run.imported(spec.name))
 
 
-def _evaluate_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
+def evaluate_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
+    """The step that measures the quality of a model's dictionaries, and its key."""
     study = session.study
     parts = (study.evaluation.model_dump(), study.gate.model_dump(), study.models[0].path)
     trained = [key for _, key in train_steps(session, spec).values()]
     return f"evaluate/{spec.name}", digest_key(trained, *parts)
 
 
-def _features_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
-    return f"features/{spec.name}", digest_key(_evaluate_step(session, spec)[1], session.study.features.contexts)
+def features_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
+    """The step that describes a model's features, and its key."""
+    return f"features/{spec.name}", digest_key(evaluate_step(session, spec)[1], session.study.features.contexts)
 
 
-def _label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
-    step, free = _free_label_step(session, spec)
+def label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
+    """The step that labels a model's features, and its key once a language model was asked, if the study wants one asked."""
+    step, free = free_label_step(session, spec)
     features = session.study.features
     return step, digest_key(free, features.bar, features.asked.decisive) if features.asked else free
 
 
-def _free_label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
+def free_label_step(session: Session, spec: ModelSpec) -> tuple[str, str]:
     """The same step before a language model is asked."""
     features = session.study.features
     return f"label/{spec.name}", digest_key(
-        _evaluate_step(session, spec)[1], [features.free_labelers, features.predicates]
+        evaluate_step(session, spec)[1], [features.free_labelers, features.predicates]
     )
 
 
-def _is_done(session: Session, step: tuple[str, str]) -> bool:
+def is_done(session: Session, step: tuple[str, str]) -> bool:
+    """True if the run has the step's result from the same settings, whole."""
     return session.run.is_done(*step, warn=session.say)

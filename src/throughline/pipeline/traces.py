@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from throughline.errors import InputError
-from throughline.pipeline.steps import _features_step, _label_step, train_steps
+from throughline.pipeline.steps import features_step, label_step, train_steps
 from throughline.records import Trace, best_labels
 from throughline.registry import unknown
 from throughline.session import Session
@@ -31,7 +31,7 @@ def trace(
     name = session.study.model(model).name
     session.require_gate(force)
     features = session.run.table(name, "features")
-    _require_current(session, name)
+    require_current(session, name)
     labels = best_labels(session.run.table(name, "labels"), session.study.features.bar)
     opened = session.model(name)
     found = trace_prompt(
@@ -88,10 +88,10 @@ def _throughlines(session: Session, name: str) -> pl.DataFrame | None:
     return find_throughlines(session.run.transfer("matching", name, name)) if ("matching", name, name) in done else None
 
 
-def _require_current(session: Session, name: str) -> None:
+def require_current(session: Session, name: str) -> None:
     """Refuse tables that were made from other settings than the run's study has now."""
     spec, manifest = session.study.model(name), session.run.manifest()
-    steps = (*train_steps(session, spec).values(), _features_step(session, spec), _label_step(session, spec))
+    steps = (*train_steps(session, spec).values(), features_step(session, spec), label_step(session, spec))
     for step, key in steps:
         if step in manifest and manifest[step].key != key:
             raise InputError(

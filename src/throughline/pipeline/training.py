@@ -4,7 +4,7 @@ from throughline.errors import ThroughlineError
 from throughline.executors.local import run_jobs, threads
 from throughline.jobs import Job, Report, train_job
 from throughline.models import check_layers
-from throughline.pipeline.steps import _is_done, train_steps
+from throughline.pipeline.steps import is_done, train_steps
 from throughline.progress import JobNotes
 from throughline.records import span
 from throughline.session import Session
@@ -17,7 +17,7 @@ def train_models(session: Session, report: Report) -> None:
     for spec in session.study.models:
         require_layers(session, spec)  # a wrong layer is refused before anything is trained
         steps = train_steps(session, spec)
-        pending = [layer for layer, step in steps.items() if not _is_done(session, step)]
+        pending = [layer for layer, step in steps.items() if not is_done(session, step)]
         imported = [layer for layer in session.run.imported(spec.name) if layer in steps]
         if imported:
             session.say(f"{spec.name}: imported, so not trained: layer{'s'[: len(imported) > 1]} {span(imported)}")

@@ -6,7 +6,7 @@ from typing import Any
 from throughline.codes import Codes
 from throughline.dictionaries import Dictionary
 from throughline.models import LanguageModel
-from throughline.pipeline.steps import _evaluate_step, _is_done
+from throughline.pipeline.steps import evaluate_step, is_done
 from throughline.records import TransferInfo
 from throughline.registry import METRICS
 from throughline.run_dir import RunDir, digest_key
@@ -31,7 +31,7 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
                 steps = [_transfer_step(session, name, source, target)]
                 if metric.both_ways and source.name != target.name:
                     steps.append(_transfer_step(session, name, target, source))
-                if all(_is_done(session, step) for step in steps):
+                if all(is_done(session, step) for step in steps):
                     continue
                 if not announced:
                     session.say(f"transfer: about {transfer_gib(run, study):.1f} GiB of memory, beside the models")
@@ -65,7 +65,7 @@ def _metric_options(session: Session, metric: str) -> dict[str, Any]:
 
 
 def _transfer_step(session: Session, metric: str, source: ModelSpec, target: ModelSpec) -> tuple[str, str]:
-    keys = [_evaluate_step(session, spec)[1] for spec in (source, target)]
+    keys = [evaluate_step(session, spec)[1] for spec in (source, target)]
     key = digest_key(*keys, session.study.transfer.min_count, metric, *_metric_options(session, metric).items())
     return f"transfer/{METRICS.load(metric).name}/{source.name}/{target.name}", key
 
