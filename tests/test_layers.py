@@ -26,6 +26,7 @@ LAYERS = (
         "zoo",
         "throughlines",
         "stats",
+        "lean_imports",
         "circuit_tracer",
     },
     {"text", "tokens", "models", "dictionaries"},

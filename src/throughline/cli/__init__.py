@@ -10,6 +10,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 STOPPED = 130
+READING = ("trace", "compare")  # commands that run language models, and nobody else's code
 USER_CAN_MEND = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS}
 
 
@@ -17,9 +18,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of `throughline`: run a command, and print errors of the user's making as one line."""
     from typer.exceptions import TyperException
 
+    from throughline import lean_imports
     from throughline.cli.commands import app
     from throughline.errors import ThroughlineError
 
+    lean_imports.wanted = arguments is None and sys.argv[1:2] != [] and sys.argv[1] in READING
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no Δ shows a question mark
