@@ -6,8 +6,8 @@ with the residual stream kept. `selection`: documents of the training split, on 
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from throughline.codes import Codes, encode_text_with
 from throughline.dictionaries import Dictionary, load_dictionary
 from throughline.errors import GateError
 from throughline.models import LanguageModel, open_model
@@ -17,7 +17,19 @@ from throughline.study import ModelSpec, Study
 from throughline.text import read_documents
 from throughline.tokens import TokenRows, collect_rows, take_documents
 
+if TYPE_CHECKING:
+    from throughline.codes import Codes
+
 SELECTION_SEED = 1_000_003  # apart from the seeds of training
+
+
+def __getattr__(name: str) -> Any:
+    """`Codes`, for who looks an annotation up: a trace needs none, nor the sparse matrices they are made of."""
+    if name != "Codes":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from throughline.codes import Codes
+
+    return Codes
 
 
 class Session:
@@ -91,20 +103,20 @@ class Session:
         """Documents of the training split."""
         return self._take("train", self.study.training.seed + SELECTION_SEED, self.study.evaluation.sample_tokens)
 
-    def evaluation(self, name: str) -> Codes:
+    def evaluation(self, name: str) -> "Codes":
         """A model's codes of the held-out documents."""
         return self._read_evaluation(name)[0]
 
-    def twin_evaluation(self, name: str) -> Codes | None:
+    def twin_evaluation(self, name: str) -> "Codes | None":
         """The same documents as the model's twins read them, in the forward pass that `evaluation` makes; None without twins."""
         _, *by_twins = self._read_evaluation(name)
         return by_twins[0] if by_twins else None
 
-    def sample(self, name: str) -> Codes:
+    def sample(self, name: str) -> "Codes":
         """A model's codes and residual stream of the held-out sample."""
         return self._read(name, "sample", self.heldout_sample, [self.dictionaries(name)], keep_residuals=True)[0]
 
-    def selection(self, name: str) -> Codes:
+    def selection(self, name: str) -> "Codes":
         """A model's codes and residual stream of the selection text."""
         return self._read(name, "selection", self.selection_documents, [self.dictionaries(name)], keep_residuals=True)[
             0
@@ -137,7 +149,7 @@ class Session:
         first = self.study.models[0].name
         return take_documents(iter(documents), self.model(first).tokenizer, num_tokens, self.context(first))
 
-    def _read_evaluation(self, name: str) -> list[Codes]:
+    def _read_evaluation(self, name: str) -> "list[Codes]":
         """Codes of the held-out documents in the model's dictionaries and, if there are any, in their twins."""
         twins = self.twins(name)
         return self._read(name, "evaluation", self.heldout, [self.dictionaries(name), *([twins] if twins else [])])
@@ -149,8 +161,10 @@ class Session:
         documents: list[Document],
         sets: list[dict[int, Dictionary]],
         keep_residuals: bool = False,
-    ) -> list[Codes]:
+    ) -> "list[Codes]":
         key = (name, which)
+        from throughline.codes import encode_text_with
+
         if key not in self._codes:
             rows = self.rows(name, documents)
             self._codes[key] = encode_text_with(sets, self.model(name), rows, documents, keep_residuals)

@@ -12,7 +12,15 @@ import torch
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-NAMES = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_")
+NAMES = (
+    "normal_",
+    "uniform_",
+    "trunc_normal_",
+    "kaiming_normal_",
+    "kaiming_uniform_",
+    "xavier_normal_",
+    "xavier_uniform_",
+)
 DRAWING = {torch.Tensor.normal_, torch.Tensor.uniform_, *(getattr(init, name) for name in NAMES)}
 
 

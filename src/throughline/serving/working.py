@@ -21,8 +21,8 @@ from throughline import lean_imports, pipeline
 from throughline.api import choose_device
 from throughline.errors import ThroughlineError
 from throughline.run_dir import RunDir
-from throughline.serving.requests import CompareRequest, TraceRequest
 from throughline.serving.jobs import Tell
+from throughline.serving.requests import CompareRequest, TraceRequest
 
 NICENESS = 10
 
