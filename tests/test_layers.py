@@ -27,6 +27,7 @@ LAYERS = (
         "zoo",
         "throughlines",
         "stats",
+        "lean_imports",
         "circuit_tracer",
         "kernel_cache",
     },

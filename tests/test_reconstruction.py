@@ -24,7 +24,7 @@ from planted import (
 from throughline.codes import encode_text
 from throughline.errors import InputError
 from throughline.models import open_model
-from throughline.pipeline import _metric_options
+from throughline.pipeline.transfer import _metric_options
 from throughline.quality import evaluate
 from throughline.study import GateSpec, ModelSpec, parse_study
 from throughline.tokens import collect_rows

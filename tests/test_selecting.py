@@ -7,11 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from throughline.dictionaries import selecting
 from throughline.dictionaries.selecting import keep_top
 
 NUMBERS = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, np.inf, -np.inf, 1e-38, 1e-45, 3e38]), st.floats(-10, 10, width=32)
 )
+
+
+@pytest.fixture(autouse=True, scope="module", params=[0, 2**30], ids=["compiled", "of few"])
+def _both_ways(request):
+    """Every test for the compiled loops, and for what takes their place where there are few entries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selecting, "FEW_ENTRIES", request.param)
+        yield
 
 
 def sorted_top(pre_NF: np.ndarray, k: int) -> np.ndarray:

@@ -17,8 +17,9 @@ from throughline.codes import encode_text
 from throughline.dictionaries import load_dictionary
 from throughline.dictionaries.formats import write_foreign
 from throughline.errors import InputError
-from throughline.jobs import steps_of
-from throughline.pipeline import BASE_GIB, _Side, evaluate_models, train_models, transfer_gib, transfer_models
+from throughline.pipeline import evaluate_models, train_models, transfer_models
+from throughline.pipeline.keys import steps_of
+from throughline.pipeline.transfer import BASE_GIB, _Side, transfer_gib
 from throughline.run_dir import RunDir
 from throughline.session import Session
 from throughline.study import load_study, parse_study

@@ -17,6 +17,7 @@ import polars as pl
 import yaml
 
 from throughline.errors import InputError
+from throughline.lean_imports import leave_out_unused
 from throughline.records import Analysis, Comparison, ComparisonTotals, LayerQuality, Plan, Trace, TransferInfo
 from throughline.registry import METRICS, unknown
 from throughline.run_dir import DRIVER, RunDir
@@ -553,6 +554,7 @@ def _begin(study: Study, out: str | Path | None, resume: bool, device: str | Non
 @contextmanager
 def _session(run: str | Path | RunDir, device: str | None, say: Say) -> Iterator[Any]:
     opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    leave_out_unused()
     from throughline.session import Session
 
     yield Session(opened, choose_device(device), say)

@@ -6,7 +6,6 @@ Feature statistics, labels and transfer are all computed from codes, so each tex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,7 +13,6 @@ import torch
 
 from throughline.dictionaries import Dictionary
 from throughline.harvesting import harvest, tokens_of_a_pass
-from throughline.kernel_cache import njit
 from throughline.models import LanguageModel
 from throughline.models.language_model import quiet_transformers
 from throughline.pools import spread
@@ -198,29 +196,12 @@ def reading_order(rows: TokenRows) -> np.ndarray:
 def encode_csr(dictionary: Dictionary, x_ND: torch.Tensor) -> sp.csr_array:
     """Features of activations as a sparse [N, F] matrix."""
     if x_ND.device.type == "cpu":
-        parts = [_compress(dictionary.encode(chunk).float().numpy()) for chunk in dictionary.chunks(x_ND)]
+        from throughline.dictionaries.kernels import compress
+
+        parts = [compress(dictionary.encode(chunk).float().numpy()) for chunk in dictionary.chunks(x_ND)]
         count_N, features, values = (np.concatenate(p) for p in zip(*parts, strict=True))
     else:
         tokens, features, values = (part.cpu().numpy() for part in dictionary.encode_sparse(x_ND))
         count_N, features = np.bincount(tokens, minlength=len(x_ND)), features.astype(np.int32)
     starts = np.r_[0, np.cumsum(count_N)].astype(np.int32)
     return sp.csr_array((values.astype(np.float32), features, starts), shape=(len(x_ND), dictionary.d_sae))
-
-
-@njit(nogil=True)
-def _compress(f_NF: Any) -> tuple[Any, Any, Any]:
-    """How many features are not zero at each token, which, and their values."""
-    count_N = np.zeros(len(f_NF), np.int64)
-    for n in range(len(f_NF)):
-        row_F, count = f_NF[n], np.int32(0)
-        for f in range(len(row_F)):
-            count += np.int32(row_F[f] != 0)
-        count_N[n] = count
-    features, values, a = np.empty(count_N.sum(), np.int32), np.empty(count_N.sum(), f_NF.dtype), 0
-    for n in range(len(f_NF)):
-        row_F = f_NF[n]
-        for f in range(len(row_F)):
-            if row_F[f] != 0:
-                features[a], values[a] = f, row_F[f]
-                a += 1
-    return count_N, features, values

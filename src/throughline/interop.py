@@ -18,7 +18,7 @@ from throughline.errors import InputError
 from throughline.harvesting import harvest, tokens_of_a_pass
 from throughline.jobs import PROBE_TOKENS, place_of
 from throughline.model_card import hook_name, write_model_card
-from throughline.pipeline import require_layers
+from throughline.pipeline.training import require_layers
 from throughline.records import LayerQuality
 from throughline.run_dir import IMPORTED, RunDir, digest_key
 from throughline.session import Session

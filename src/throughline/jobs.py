@@ -8,7 +8,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from throughline.dictionaries import save_dictionary
 from throughline.errors import InputError
 from throughline.harvesting import TextSource, tokens_of_a_pass
 from throughline.journals import Journal, open_journals
+from throughline.pipeline.steps import train_steps
 from throughline.progress import JobNotes
 from throughline.records import span
 from throughline.registry import ARCHITECTURES
@@ -41,7 +42,6 @@ PROBE_TOKENS = 16
 MOST_BYTES_PER_TOKEN = 12  # a longer file has tokens enough; a shorter one is counted first
 TOKENS_COUNTED_AT_ONCE = 4096
 DISK_BYTES_PER_SECOND = 5e8  # written once and read: what a cache costs, cautiously
-NOT_IN_KEYS = {"checkpoint_minutes", "activation_cache"}  # they change when and where, not what
 Report = Callable[[Progress], None]
 
 
@@ -55,28 +55,6 @@ class Job(NamedTuple):
     def name(self) -> str:
         """`zoo/pythia layers 0-5`."""
         return f"{self.model} layer{'s'[: len(self.layers) > 1]} {span(self.layers)}"
-
-
-def train_steps(session: Session, spec: ModelSpec) -> dict[int, tuple[str, str]]:
-    """Step and key of each wanted layer's dictionary. The key of an imported one is its import's."""
-    return steps_of(session.study, spec, session.layers(spec), session.run.imported(spec.name))
-
-
-def steps_of(
-    study: Study, spec: ModelSpec, layers: Sequence[int], imported: Mapping[int, str]
-) -> dict[int, tuple[str, str]]:
-    """The same from the study alone, for `layers` of the model, of which `imported` are there with these keys."""
-    dictionary, training = study.dictionary_for(spec), study.training.model_dump(exclude=NOT_IN_KEYS)
-    if not study.training.ceiling_seeds:  # so that runs keep the keys they had before there were twins
-        del training["ceiling_seeds"]
-    model = spec.model_dump(exclude={"layers", "dictionary"})
-
-    def key_of(layer: int) -> str:
-        return digest_key(
-            model, study.data.model_dump(), dictionary.at_layer(layer).model_dump(exclude={"per_layer"}), training
-        )
-
-    return {layer: (f"train/{spec.name}/{layer}", imported.get(layer) or key_of(layer)) for layer in layers}
 
 
 def train_job(session: Session, job: Job, report: Report, attempt: int = 1, ranks: Ranks = ALONE) -> None:

@@ -5,14 +5,14 @@ with the residual stream kept. `selection`: documents of the training split, on 
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from throughline.codes import Codes, encode_text_with
 from throughline.dictionaries import Dictionary, load_dictionary
 from throughline.errors import GateError, ThroughlineError
 from throughline.models import LanguageModel, open_model
@@ -22,7 +22,19 @@ from throughline.study import ModelSpec, Study
 from throughline.text import read_documents
 from throughline.tokens import TokenRows, collect_rows, take_documents
 
+if TYPE_CHECKING:
+    from throughline.codes import Codes
+
 SELECTION_SEED = 1_000_003  # apart from the seeds of training
+
+
+def __getattr__(name: str) -> Any:
+    """`Codes`, for who looks an annotation up: a trace needs none, nor the sparse matrices they are made of."""
+    if name != "Codes":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from throughline.codes import Codes
+
+    return Codes
 
 
 class Session:
@@ -36,7 +48,7 @@ class Session:
         self._dictionaries: dict[tuple[str, int], dict[int, Dictionary]] = {}  # by model and twin
         self._codes: dict[tuple[str, str], list[Codes]] = {}  # by model and text: of its dictionaries, and of its twins
         self._warned = False
-        self._seconds: Counter[str] = Counter()  # by stage
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # by stage
 
     # ---- time and threads
 
@@ -56,11 +68,12 @@ class Session:
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
         """Count what another process spent."""
-        self._seconds.update(seconds)
+        for stage, value in seconds.items():
+            self._seconds[stage] += value
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds by stage since this was last asked."""
-        taken, self._seconds = dict(self._seconds), Counter()
+        taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken
 
     @contextmanager
@@ -76,18 +89,17 @@ class Session:
             spent |= self.take_seconds()
             if spent.keys() - {"report"}:
                 with suppress(OSError, ThroughlineError):  # whatever keeps it from being written is said elsewhere
-                    known = Counter(self.run.info().seconds)
-                    known.update(spent)
-                    self.run.update_info(seconds={stage: round(known[stage], 3) for stage in known})
+                    known = self.run.info().seconds
+                    total = {stage: round(known.get(stage, 0) + value, 3) for stage, value in spent.items()}
+                    self.run.update_info(seconds=known | total)
 
     # ---- what is open
 
     def let_go(self, name: str) -> None:
         """Give back the memory of a model: itself, its dictionaries and codes."""
         self._models.pop(name, None)
-        for known in (self._dictionaries, self._codes):
-            for key in [key for key in known if key[0] == name]:
-                del known[key]
+        self._dictionaries = {key: value for key, value in self._dictionaries.items() if key[0] != name}
+        self._codes = {key: value for key, value in self._codes.items() if key[0] != name}
 
     def model(self, name: str) -> LanguageModel:
         """The language model called `name`."""
@@ -153,19 +165,19 @@ class Session:
         """Documents of the training split."""
         return self._take("train", self.study.training.seed + SELECTION_SEED, self.study.evaluation.sample_tokens)
 
-    def evaluation(self, name: str) -> Codes:
+    def evaluation(self, name: str) -> "Codes":
         """A model's codes of the held-out documents."""
         return self._read_evaluation(name)[0]
 
-    def twin_evaluation(self, name: str) -> list[Codes]:
+    def twin_evaluation(self, name: str) -> "list[Codes]":
         """The same documents as each of `twins` reads them, all in the forward pass that `evaluation` makes."""
         return self._read_evaluation(name)[1:]
 
-    def sample(self, name: str) -> Codes:
+    def sample(self, name: str) -> "Codes":
         """A model's codes and residual stream of the held-out sample."""
         return self._read(name, "sample", self.heldout_sample, [self.dictionaries(name)], keep_residuals=True)[0]
 
-    def selection(self, name: str) -> Codes:
+    def selection(self, name: str) -> "Codes":
         """A model's codes and residual stream of the selection text."""
         return self._read(name, "selection", self.selection_documents, [self.dictionaries(name)], keep_residuals=True)[
             0
@@ -198,7 +210,7 @@ class Session:
         first = self.study.models[0].name
         return take_documents(iter(documents), self.model(first).tokenizer, num_tokens, self.context(first))
 
-    def _read_evaluation(self, name: str) -> list[Codes]:
+    def _read_evaluation(self, name: str) -> "list[Codes]":
         """Codes of the held-out documents in the model's dictionaries and, if there are any, in their twins."""
         return self._read(name, "evaluation", self.heldout, [self.dictionaries(name), *self.twins(name)])
 
@@ -209,8 +221,10 @@ class Session:
         documents: list[Document],
         sets: list[dict[int, Dictionary]],
         keep_residuals: bool = False,
-    ) -> list[Codes]:
+    ) -> "list[Codes]":
         key = (name, which)
+        from throughline.codes import encode_text_with
+
         if key not in self._codes:
             rows = self.rows(name, documents)
             self._codes[key] = encode_text_with(sets, self.model(name), rows, documents, keep_residuals)

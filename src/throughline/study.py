@@ -489,7 +489,7 @@ class TraceSpec(Section):
 
 
 class ExecutorSpec(Section):
-    """Where training runs. It changes no result, but that the numbers of `cpus`, `processes` and `devices` may change the last digits."""
+    """Where training runs. It changes no result, but `cpus`, `processes` and `devices` may change the last digits."""
 
     kind: Literal["local", "ray"] = Field(
         default="local",

@@ -1,83 +1,35 @@
 """The k largest entries of each row on a CPU, where `torch.topk` takes as long as the encoder's product (288 features, k 20)."""
 
-from typing import Any
-
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from throughline.kernel_cache import njit
-
-LARGEST = np.finfo(np.float32).max
+FEW_ENTRIES = 2**19  # of a matrix: below, importing numba would take longer than the loops save
 
 
 def keep_top(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F"]:
     """`pre_NF` with the k largest positive entries of each row kept and all else zero; of equal ones the first. NaN stays NaN.
 
-    Compiled for float32 on a CPU; elsewhere, and where a gradient is wanted, torch's, which among equals keeps any.
+    Compiled for many float32 entries on a CPU, the same of torch's functions for few; elsewhere, and where a gradient is
+    wanted, torch's `topk`, which among equals keeps any.
     """
     if pre_NF.device.type == "cpu" and pre_NF.dtype == torch.float32 and not pre_NF.requires_grad:
-        out_NF = torch.empty(pre_NF.shape)
-        _keep_top(pre_NF.contiguous().numpy(), k, out_NF.numpy())
-        return out_NF
+        return _keep_top_of_few(pre_NF, k) if pre_NF.numel() <= FEW_ENTRIES else _keep_top_of_many(pre_NF, k)
     values, features = pre_NF.topk(min(k, pre_NF.shape[1]), dim=1, sorted=False)
     return torch.zeros_like(pre_NF).scatter_(1, features, values.relu())
 
 
-@njit(nogil=True, error_model="numpy")
-def _keep_top(pre_NF: Any, k: int, out_NF: Any) -> None:
-    """A limit is moved until k entries lie above it; each look at a row is one pass without branches."""
-    guess = np.float32(0)
-    for n in range(len(pre_NF)):
-        row_F, out_F = pre_NF[n], out_NF[n]
-        limit, count = _limit(row_F, k, guess)
-        guess = limit
-        if count <= k:
-            for f in range(len(row_F)):
-                value = row_F[f]
-                out_F[f] = np.float32(0) if value <= limit else value
-            continue
-        surplus = count - k  # those that equal the least above the limit
-        least = np.float32(np.inf)
-        for f in range(len(row_F)):
-            least = row_F[f] if limit < row_F[f] < least else least
-        for f in range(len(row_F) - 1, -1, -1):
-            value = row_F[f]
-            dropped = value <= limit or (value == least and surplus > 0)
-            surplus -= value == least and surplus > 0
-            out_F[f] = np.float32(0) if dropped else value
+def _keep_top_of_few(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F"]:
+    numbers_NF = pre_NF.masked_fill(pre_NF.isnan(), -torch.inf)
+    least_N1 = numbers_NF.topk(min(k, pre_NF.shape[1]), dim=1).values[:, -1:].relu()
+    above_NF, equal_NF = numbers_NF > least_N1, (numbers_NF == least_N1) & (least_N1 > 0)
+    first_NF = equal_NF & (equal_NF.cumsum(1) <= k - above_NF.sum(1, keepdim=True))
+    return pre_NF.masked_fill(~(above_NF | first_NF | pre_NF.isnan()), 0)
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
-def _count(row_F: Any, limit: Any) -> Any:
-    count = np.int32(0)
-    for f in range(len(row_F)):
-        count += np.int32(row_F[f] > limit)
-    return count
+def _keep_top_of_many(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F"]:
+    from throughline.dictionaries.kernels import keep_top as keep_top_compiled
 
-
-@njit(nogil=True, error_model="numpy")
-def _limit(row_F: Any, k: int, guess: Any) -> tuple[Any, int]:
-    """A limit of at least 0 with k entries above it, or all positive ones if they are fewer; more only if they are equal."""
-    zero, infinity = np.float32(0), np.float32(np.inf)
-    low, high, count_low = zero, infinity, -1  # fewer than k lie above `high`, more above `low`; -1: not looked at
-    limit, step = guess, np.float32(1.1)
-    while True:
-        count = _count(row_F, limit)
-        if count == k or (count < k and limit == zero):
-            return limit, count
-        if count > k:
-            low, count_low = limit, count
-        else:
-            high = min(limit, LARGEST)
-        if high == infinity:  # away from the guess in growing steps, then halves
-            limit = max(low * step, np.float32(1e-3))
-            step *= step
-        elif count_low < 0:
-            limit = high / step if high > np.float32(1e-6) else zero
-            step *= step
-        else:
-            limit = np.float32(0.5) * low + np.float32(0.5) * high
-            if limit <= low or limit >= high:  # nothing lies between: equal entries
-                return low, count_low
+    out_NF = torch.empty(pre_NF.shape)
+    keep_top_compiled(pre_NF.contiguous().numpy(), k, out_NF.numpy())
+    return out_NF

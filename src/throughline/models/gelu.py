@@ -1,15 +1,12 @@
 """GELU in its tanh form, as GPT-2, Phi and Gemma have it, fast where a model only reads."""
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
-
-from throughline.kernel_cache import njit
 
 
 class TanhGELU(nn.GELU):
@@ -26,9 +23,11 @@ class TanhGELU(nn.GELU):
         """Same shape and dtype."""
         if input.dtype != torch.bfloat16 or input.device.type != "cpu" or input.requires_grad:
             return super().forward(input)
+        from throughline.models.kernels import look_up
+
         given = input.contiguous()
         out = torch.empty_like(given)
-        _look_up(given.view(torch.uint16).numpy().ravel(), _table(), out.view(torch.int16).numpy().ravel())
+        look_up(given.view(torch.uint16).numpy().ravel(), _table(), out.view(torch.int16).numpy().ravel())
         return out
 
 
@@ -45,9 +44,3 @@ def _table() -> np.ndarray:
     """GELU of every bfloat16 number, by its bits."""
     numbers = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     return nn.functional.gelu(numbers, approximate="tanh").view(torch.int16).numpy()
-
-
-@njit(nogil=True)
-def _look_up(bits: Any, table: Any, out: Any) -> None:
-    for i in range(bits.size):
-        out[i] = table[bits[i]]

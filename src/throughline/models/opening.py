@@ -27,6 +27,7 @@ from throughline.models.families import FAMILIES
 from throughline.models.gelu import fuse_gelu_
 from throughline.models.language_model import LanguageModel, check_layers, quiet_transformers
 from throughline.models.random_weights import build_empty, build_random, byte_tokenizer
+from throughline.models.unfilled import Unfilled
 from throughline.study import ModelSpec
 from throughline.zoo import resolve_path
 
@@ -159,17 +160,18 @@ def _make_weights(path: str, spec: ModelSpec, device: str) -> PreTrainedModel:
 
 
 def _load_weights(path: str, spec: ModelSpec, model_type: str) -> PreTrainedModel:
-    hf, report = _said_in_one_line(
-        path,
-        AutoModelForCausalLM.from_pretrained,
-        path,
-        revision=spec.revision,
-        dtype=getattr(torch, spec.dtype),
-        attn_implementation=_attention(model_type),
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with Unfilled(counting=model_type in FAMILIES.names()):
+        hf, report = _said_in_one_line(
+            path,
+            AutoModelForCausalLM.from_pretrained,
+            path,
+            revision=spec.revision,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=_attention(model_type),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     if report["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(report["missing_keys"])
         raise InputError(f"weights of model {path} lack {len(missing)} tensors, such as {missing[0]}")

@@ -17,13 +17,12 @@ import sys
 import traceback
 from typing import Any, TextIO
 
-from throughline import pipeline
+from throughline import lean_imports, pipeline
 from throughline.api import choose_device
 from throughline.errors import ThroughlineError
 from throughline.run_dir import RunDir
+from throughline.serving.jobs import Tell
 from throughline.serving.requests import CompareRequest, TraceRequest
-from throughline.session import Session
-from throughline.tracing import Tell
 
 NICENESS = 10
 
@@ -37,7 +36,7 @@ class Tracer:
 
     def __init__(self, run: RunDir, device: str | None) -> None:
         self._run, self._device = run, device
-        self._session: Session | None = None
+        self._session: Any = None  # its module imports torch
         self._made_from = ""
 
     def do(self, request: TraceRequest | CompareRequest, made_from: str, tell: Tell) -> str:
@@ -57,13 +56,15 @@ class Tracer:
         self._open(session, names, tell)
         return pipeline.compare(session, request.prompt, names, force, tell=tell).model_dump_json()
 
-    def _current(self, made_from: str) -> Session:
+    def _current(self, made_from: str) -> Any:
+        from throughline.session import Session
+
         if self._session is None or made_from != self._made_from:
             self._session = None  # its memory goes before another's is taken
             self._session, self._made_from = Session(self._run, choose_device(self._device)), made_from
         return self._session
 
-    def _open(self, session: Session, names: list[str], tell: Tell) -> None:
+    def _open(self, session: Any, names: list[str], tell: Tell) -> None:
         session.require_gate(self._run.info().forced)  # before anything large is read
         for step, name in enumerate(names, 1):
             tell(f"opening {name}", step, len(names))
@@ -107,6 +108,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which then ends this
     if hasattr(os, "nice"):
         os.nice(NICENESS)
+    lean_imports.wanted = True
+    lean_imports.leave_out_unused()
     place, *device = sys.argv[1:]
     work(Tracer(RunDir.open(place), device[0] if device else None), sys.stdin, answers)
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from throughline.codes import encode_csr
 from throughline.dictionaries import Dictionary
 from throughline.errors import InputError
 from throughline.harvesting import tokens_of_a_pass
@@ -140,6 +139,8 @@ def _read(
 
 def _encode(dictionary: Dictionary, x_BTD: Tensor, kept: list[list[bool]]) -> list[ActiveCodes]:
     """The active features of each text of a batch, at its kept positions."""
+    from throughline.codes import encode_csr
+
     places = [np.flatnonzero(mine) for mine in kept]
     rows_ND = torch.cat([x_BTD[b, torch.from_numpy(at)] for b, at in enumerate(places)])
     matrix_NF = encode_csr(dictionary, rows_ND.float())

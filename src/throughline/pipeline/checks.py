@@ -1,0 +1,36 @@
+"""What of a study is checked before anything is written."""
+
+from throughline.asking import check_asked
+from throughline.errors import InputError
+from throughline.journals import check_extras
+from throughline.models import check_model, read_tokenizer
+from throughline.study import ModelSpec, Study
+from throughline.text import read_documents
+from throughline.tokens import encode_prompt
+from throughline.tracing import check_prompt
+
+
+def check_study(study: Study) -> dict[str, int]:
+    """Refuse, before anything is written, what would fail later: a model, layer, text or library that is not there, a prompt
+    too long. Returns the depth of each model whose configuration tells it."""
+    check_extras(study)
+    check_asked(study)
+    depths = {}
+    for spec in study.models:
+        depth, context, _ = check_model(spec)
+        depths |= {spec.name: depth} if depth else {}
+        for prompt in study.trace.prompts:
+            _check_prompt(spec, prompt, context)
+    for split in ("train", "heldout"):
+        next(read_documents(study.data, split, study.training.seed))
+    return depths
+
+
+def _check_prompt(spec: ModelSpec, prompt: str, context: int | None) -> None:
+    check_prompt(prompt)
+    num_tokens = len(encode_prompt(read_tokenizer(spec), prompt))
+    if context is not None and num_tokens >= context:
+        raise InputError(
+            f"trace.prompts: {prompt[:40]!r}… has {num_tokens} tokens; {spec.name} sees {context} and needs at least one "
+            "for the answer"
+        )
