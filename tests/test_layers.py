@@ -1,11 +1,15 @@
 """Imports go downward only, and what must open without torch opens without torch."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from synthetic_run import MODELS, build_run
+from trained import TWO_MODELS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "throughline"
 
@@ -207,6 +211,37 @@ def test_the_report_is_written_without_torch(tmp_path):
         f"assert write_report(build_run(Path({str(tmp_path / 'run')!r}), MODELS[2:])).stat().st_size > 1000"
     )
     assert loaded_by(code) == set()
+
+
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["report", "--quiet"]])
+def test_what_reads_a_finished_run_loads_neither_torch_nor_transformers(command, tmp_path):
+    run = build_run(tmp_path / "run", MODELS[2:])
+    assert loaded_by(HELP.format([command[0], str(run.root), *command[1:]])) == set()
+
+
+NOT_FOR_A_TRACE = {
+    *(f"throughline.{part}" for part in ("training", "labelers", "transfer", "planning", "executors", "quality")),
+    *("datasets", "numba", "ray", "torch._dynamo.symbolic_convert", "matplotlib"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"), [(["trace", "What is 15 + 27?", "--no-verify"], False), (["transfer"], True)]
+)
+def test_a_trace_loads_nothing_of_other_stages(trained, command, wanted):
+    """As a process: the other command shows that what is looked for would be found."""
+    run = shutil.copytree(trained(TWO_MODELS, "label"), Path(trained(TWO_MODELS, "label")).parent / f"run-{command[0]}")
+    name, *rest = command
+    model = ["--model", "zoo/pythia"] if name == "trace" else []
+    arguments = ["throughline", name, str(run), *rest, *model, "--quiet"]
+    code = (
+        f"import sys\nsys.argv = {arguments!r}\nfrom throughline.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"sys.stdout.write(' '.join({NOT_FOR_A_TRACE!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert bool(done.stdout.split()) is wanted, done.stdout
 
 
 def test_help_loads_no_tables_and_no_plots():

@@ -305,3 +305,18 @@ def test_report_needs_no_torch(tmp_path: Path):
     code += "assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_figures_drawn_by_several_processes_are_those_of_one(tmp_path, monkeypatch):
+    """Also where a process cannot draw its share: then this one does."""
+    monkeypatch.setattr(drawings, "FIGURES_A_PROCESS", 1)
+    known, drawn = drawings.DRAWING_PROCESS, {}
+    for name, cores, module in (("one", 1, known), ("three", 3, known), ("lost", 2, "throughline.no_such_module")):
+        run = build_run(tmp_path / name, models=MODELS[2:], parts=("quality", "transfer"))
+        monkeypatch.setattr(drawings.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(drawings, "DRAWING_PROCESS", module)
+        drawings.write_figures(run)
+        files = sorted((run.report_folder() / "figures").iterdir())
+        drawn[name] = {file.name: file.read_bytes() for file in files}
+    assert len(drawn["one"]) > 9
+    assert drawn["one"] == drawn["three"] == drawn["lost"]

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 CURVES = {"divergence": draw_divergence, "decay": draw_decay, "persistence": draw_persistence}
 DRAWN = ".drawn.json"
 FIGURES_A_PROCESS = 4  # at least: to start one takes as long as to draw two
+DRAWING_PROCESS = "throughline.report.drawing_process"
 
 
 class Drawing(NamedTuple):
@@ -96,7 +97,7 @@ def draw_figures(run: RunDir, names: Collection[str]) -> dict[str, Any]:
 def _start(run: RunDir, names: Sequence[str]) -> "subprocess.Popen[str]":
     """A process that draws these figures (`drawing_process`)."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "throughline.report.drawing_process", str(run.root)],
+        [sys.executable, "-m", DRAWING_PROCESS, str(run.root)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
