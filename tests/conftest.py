@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import shape_checks  # noqa: F401 - covers what is imported after it, so it comes before anything of ours
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

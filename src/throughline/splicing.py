@@ -23,7 +23,7 @@ def batch_rows(model: LanguageModel, rows: TokenRows) -> int:
 
 def log_probabilities(
     model: LanguageModel, rows: TokenRows, replacements: Mapping[int, Replacement]
-) -> Float[Tensor, "B T-1 V"]:
+) -> Float[Tensor, "B predicted V"]:
     """Log-probabilities of the next token with the kept tokens of some layers replaced; special tokens stay as they are."""
     inputs = model.inputs(rows.ids, rows.positions, rows.pieces)
     keep = torch.from_numpy(rows.keep).to(inputs.ids.device)
@@ -41,7 +41,7 @@ def log_probabilities(
     return log_softmax(output.logits[:, :-1].float(), dim=-1)
 
 
-def predicted_tokens(rows: TokenRows) -> Bool[np.ndarray, "B T-1"]:
+def predicted_tokens(rows: TokenRows) -> Bool[np.ndarray, "B predicted"]:
     """Which tokens but the first of each row are predicted: the one before belongs to the same piece of text."""
     return (rows.pieces[:, 1:] == rows.pieces[:, :-1]) & (rows.pieces[:, 1:] >= 0)
 
