@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import shape_checks  # noqa: F401 - covers what is imported after it, so it comes before anything of ours
 from trained import made_once as made_once
 from trained import trained as trained
 

@@ -207,11 +207,13 @@ def test_thresholds_stay_at_zero_or_above():
     stack = random_stack("jumprelu")
     with torch.no_grad():
         stack.extra_LF["threshold"][0, :3] = -1.0
-    JumpReLU.after_step_(stack, loss_of("jumprelu", stack, random_activations()), torch.zeros(L))
+    JumpReLU.after_step_(stack, loss_of("jumprelu", stack, random_activations()).smallest_L, torch.zeros(L))
     threshold_LF = stack.extra_LF["threshold"]
     assert threshold_LF.min() == 0 and threshold_LF.requires_grad
     before_LF = threshold_LF.detach().clone()
-    JumpReLU.after_step_(stack, loss_of("jumprelu", stack, random_activations()), torch.tensor([0.0, 1.1]).log1p())
+    JumpReLU.after_step_(
+        stack, loss_of("jumprelu", stack, random_activations()).smallest_L, torch.tensor([0.0, 1.1]).log1p()
+    )
     torch.testing.assert_close(threshold_LF, before_LF * torch.tensor([[1.0], [2.1]]))
 
 
@@ -235,8 +237,7 @@ def test_threshold_is_the_mean_of_the_smallest_kept():
     stack = random_stack("batch_topk")
 
     def see(smallest_L: list[float]) -> list[float]:
-        nothing = torch.zeros(L)
-        BatchTopK.after_step_(stack, StepLoss(nothing, nothing, nothing, torch.tensor(smallest_L)), nothing)
+        BatchTopK.after_step_(stack, torch.tensor(smallest_L), torch.zeros(L))
         assert (stack.extra_LF["threshold"] == stack.extra_LF["threshold"][:, :1]).all()
         return stack.extra_LF["threshold"][:, 0].tolist()
 

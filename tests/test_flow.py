@@ -1,7 +1,7 @@
 """Flow on models whose causes are known: written by hand, linear, or measured again with hooks of this file's own."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 
 import numpy as np
@@ -388,7 +388,8 @@ def test_transport_is_linear_regression(linear):
 
 def part(codes: Codes, tokens: slice) -> Codes:
     layers = {i: matrix[tokens] for i, matrix in codes.layers.items()}
-    return replace(codes, ids_N=codes.ids_N[tokens], layers=layers, residual_LND=codes.residual_LND[:, tokens])
+    columns = {f.name: getattr(codes, f.name)[tokens] for f in fields(codes) if f.name.endswith("_N")}
+    return replace(codes, **columns, layers=layers, residual_LND=codes.residual_LND[:, tokens])
 
 
 # ---- the whole

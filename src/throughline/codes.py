@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse as sp
 import torch
+from jaxtyping import Float, Int
 
 from throughline.dictionaries import Dictionary
 from throughline.harvesting import harvest, tokens_of_a_pass
@@ -30,15 +31,15 @@ class Codes:
 
     rows: TokenRows
     documents: Sequence[Document]
-    ids_N: np.ndarray
-    documents_N: np.ndarray
-    positions_N: np.ndarray
-    starts_N: np.ndarray
-    ends_N: np.ndarray
-    kinds_N: np.ndarray
-    roles_N: np.ndarray
+    ids_N: Int[np.ndarray, "N"]
+    documents_N: Int[np.ndarray, "N"]
+    positions_N: Int[np.ndarray, "N"]
+    starts_N: Int[np.ndarray, "N"]
+    ends_N: Int[np.ndarray, "N"]
+    kinds_N: Int[np.ndarray, "N"]
+    roles_N: Int[np.ndarray, "N"]
     layers: dict[int, sp.csr_array]
-    residual_LND: np.ndarray | None = None  # the activations themselves, where asked for
+    residual_LND: Float[np.ndarray, "L N D"] | None = None  # the activations themselves, where asked for
 
     @property
     def num_tokens(self) -> int:

@@ -73,7 +73,7 @@ def _log_softmax(output: ModelOutput) -> Tensor:
     return log_softmax(output.logits[:, :-1].float(), dim=-1)
 
 
-def predicted_tokens(rows: TokenRows) -> Bool[np.ndarray, "B T-1"]:
+def predicted_tokens(rows: TokenRows) -> Bool[np.ndarray, "B predicted"]:
     """Which tokens but the first of each row are predicted: the one before belongs to the same piece of text."""
     return (rows.pieces[:, 1:] == rows.pieces[:, :-1]) & (rows.pieces[:, 1:] >= 0)
 

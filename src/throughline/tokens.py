@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
+from jaxtyping import Bool, Int8, Int32, Int64
 
 from throughline.errors import InputError
 from throughline.records import TOKEN_KINDS, Document, Token
@@ -55,19 +56,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of packed pieces, all arrays [R, T]. Padding is special, belongs to no piece and no document (-1), and has id 0."""
+    """Rows of packed pieces. Padding is special, belongs to no piece and no document (-1), and has id 0."""
 
-    ids: np.ndarray  # int64
-    positions: np.ndarray  # int64, within the piece
-    pieces: np.ndarray  # int32, 0, 1, … within this batch
-    documents: np.ndarray  # int64, number of the document in the order given
-    starts: np.ndarray  # int32, characters of the document's text; special tokens have 0, 0
-    ends: np.ndarray  # int32
-    special: np.ndarray  # bool: a special token that is left out, or padding
-    answers: (
-        np.ndarray
-    )  # bool: of the answer, or the end of text after it, and not first in its piece: its prediction counts
-    kinds: np.ndarray  # int8, index into TOKEN_KINDS; -1 where `special`
+    ids: Int64[np.ndarray, "R T"]
+    positions: Int64[np.ndarray, "R T"]  # within the piece
+    pieces: Int32[np.ndarray, "R T"]  # 0, 1, … within this batch
+    documents: Int64[np.ndarray, "R T"]  # number of the document in the order given
+    starts: Int32[np.ndarray, "R T"]  # characters of the document's text; special tokens have 0, 0
+    ends: Int32[np.ndarray, "R T"]
+    special: Bool[np.ndarray, "R T"]  # a special token that is left out, or padding
+    # of the answer, or the end of text after it, and not first in its piece: its prediction counts
+    answers: Bool[np.ndarray, "R T"]
+    kinds: Int8[np.ndarray, "R T"]  # index into TOKEN_KINDS; -1 where `special`
 
     @property
     def num_rows(self) -> int:
@@ -80,8 +80,8 @@ class TokenRows:
         return self.ids.shape[1]
 
     @property
-    def keep(self) -> np.ndarray:
-        """Tokens that count, bool [R, T]: neither padding nor a special token that is left out."""
+    def keep(self) -> Bool[np.ndarray, "R T"]:
+        """Tokens that count: neither padding nor a special token that is left out."""
         return ~self.special
 
     @property

@@ -60,11 +60,11 @@ class BatchTopK(Architecture):
 
     @staticmethod
     @torch.no_grad()
-    def after_step_(stack: Stack, losses: StepLoss, trim_L: Float[Tensor, "L"]) -> None:
+    def after_step_(stack: Stack, smallest_L: Float[Tensor, "L"] | None, trim_L: Float[Tensor, "L"]) -> None:
         """Move the threshold towards the smallest activation kept; a layer that kept none leaves it."""
-        assert losses.smallest_L is not None
+        assert smallest_L is not None
         threshold_LF, num_batches_LF = stack.extra_LF["threshold"], stack.extra_LF["num_batches"]
-        smallest_L1 = losses.smallest_L[:, None]
+        smallest_L1 = smallest_L[:, None]
         kept_L1 = smallest_L1.isfinite()
         num_batches_LF += kept_L1
         rate_LF = (1 / num_batches_LF).clamp(min=THRESHOLD_RATE)

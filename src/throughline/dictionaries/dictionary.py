@@ -54,12 +54,12 @@ class Dictionary:
         """Number of features."""
         return self.W_enc.shape[1]
 
-    def encode(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+    def encode(self, x_ND: Float[Tensor, "N {self.d_model}"]) -> Float[Tensor, "N {self.d_sae}"]:
         """Features of activations, dense; zero where inactive."""
         pre_NF = torch.addmm(self.b_enc, x_ND, self.W_enc)
         return self._activate(pre_NF, self.options, {"b_enc": self.b_enc, **self.extra})
 
-    def readers(self, features_C: Int[Tensor, "C"]) -> Float[Tensor, "C D"]:
+    def readers(self, features_C: Int[Tensor, "C"]) -> Float[Tensor, "C {self.d_model}"]:
         """For each of these features the direction of the residual stream whose product with a change is its activation's.
 
         That holds while the feature stays active and selected.
@@ -67,15 +67,15 @@ class Dictionary:
         rows_CD = self.W_enc[:, features_C].T
         return rows_CD * self.extra["r_mag"][features_C].exp()[:, None] if "r_mag" in self.extra else rows_CD
 
-    def decode(self, f_NF: Float[Tensor, "N F"]) -> Float[Tensor, "N D"]:
+    def decode(self, f_NF: Float[Tensor, "N {self.d_sae}"]) -> Float[Tensor, "N {self.d_model}"]:
         """Activations from features."""
         return torch.addmm(self.b_dec, f_NF, self.W_dec)
 
-    def reconstruct(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    def reconstruct(self, x_ND: Float[Tensor, "N {self.d_model}"]) -> Float[Tensor, "N {self.d_model}"]:
         """x_hat, chunk by chunk so that memory stays bounded."""
         return torch.cat([self.decode(self.encode(x)) for x in self.chunks(x_ND)]) if len(x_ND) else x_ND.clone()
 
-    def encode_sparse(self, x_ND: Float[Tensor, "N D"]) -> Sparse:
+    def encode_sparse(self, x_ND: Float[Tensor, "N {self.d_model}"]) -> Sparse:
         """Active features of activations, chunk by chunk."""
         parts, offset = [], 0
         for chunk in self.chunks(x_ND):

@@ -80,7 +80,7 @@ class JumpReLU(Architecture):
 
     @staticmethod
     @torch.no_grad()
-    def after_step_(stack: Stack, losses: StepLoss, trim_L: Float[Tensor, "L"]) -> None:
+    def after_step_(stack: Stack, smallest_L: Float[Tensor, "L"] | None, trim_L: Float[Tensor, "L"]) -> None:
         """Trim thresholds; they stay at 0 or above, since below negative activations would pass."""
         stack.extra_LF["threshold"].mul_(trim_L.exp()[:, None]).clamp_(min=0)
 

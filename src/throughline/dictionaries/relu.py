@@ -55,6 +55,6 @@ class ReLU(Architecture):
 
     @staticmethod
     @torch.no_grad()
-    def after_step_(stack: Stack, losses: StepLoss, trim_L: Float[Tensor, "L"]) -> None:
+    def after_step_(stack: Stack, smallest_L: Float[Tensor, "L"] | None, trim_L: Float[Tensor, "L"]) -> None:
         """Biases sink a little where more features are active than asked for, towards the end of the run."""
         stack.b_enc_LF.sub_(TRIM * trim_L[:, None])

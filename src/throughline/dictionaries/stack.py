@@ -86,10 +86,11 @@ class Architecture:
         raise NotImplementedError
 
     @staticmethod
-    def after_step_(stack: "Stack", losses: StepLoss, trim_L: Tensor) -> None:
+    def after_step_(stack: "Stack", smallest_L: Tensor | None, trim_L: Tensor) -> None:
         """Bring the stack's own weights up to date after an optimizer step: clamp them, average them.
 
-        `trim_L` is how far, in logarithms, thresholds are to rise for the L0 asked for (SparsityController.trim).
+        `smallest_L` is the step's smallest activation kept (`StepLoss`); `trim_L` is how far, in logarithms, thresholds are to
+        rise for the L0 asked for (SparsityController.trim).
         """
 
 

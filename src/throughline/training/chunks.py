@@ -33,7 +33,7 @@ class Chunk(NamedTuple):
     """Activations, the order in which their tokens are drawn (each once a pass), and where the next chunk begins."""
 
     x_LCD: Float[Tensor, "L C D"]
-    order_C: Int[Tensor, "passes*C"]
+    order_C: Int[Tensor, "draws"]  # C times the number of passes
     following: Cursor
 
 

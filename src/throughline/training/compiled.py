@@ -17,7 +17,6 @@ from torch import Tensor
 from throughline.dictionaries.auxk import AUX_TOKENS, AUX_WEIGHT
 from throughline.dictionaries.matryoshka import prefixes
 from throughline.dictionaries.relu import WARM_UP
-from throughline.dictionaries.stack import StepLoss
 from throughline.training import kernels
 from throughline.training.chunks import Chunk
 from throughline.training.group import BETAS, EPSILON, Course, Group, NonFiniteLoss
@@ -270,14 +269,11 @@ class CompiledLayer:
 
     def _after_step(self, step: int, num_codes: int, smallest: float, s: Workspace) -> None:
         group, course, N = self.group, self.course, len(s.x_ND)
+        trim_L = group.controller.trim(step, course.num_steps)
         if self.name in ("batch_topk", "matryoshka"):
-            nothing = torch.empty(0)
-            group.architecture.after_step_(
-                group.stack, StepLoss(nothing, nothing, nothing, torch.tensor([smallest])), nothing
-            )
+            group.architecture.after_step_(group.stack, torch.tensor([smallest]), trim_L)
         if group.k is None:
-            nothing, trim_L = torch.empty(0), group.controller.trim(step, course.num_steps)
-            group.architecture.after_step_(group.stack, StepLoss(nothing, nothing, nothing), trim_L)
+            group.architecture.after_step_(group.stack, None, trim_L)
             group.controller.update_(torch.tensor([num_codes / N]), step, course.num_steps, course.rate(step))
         if is_due(step, course.num_steps, group.k) and (self._idle_F >= course.dead_after).any():
             x_ND = torch.from_numpy(s.x_ND)

@@ -263,7 +263,9 @@ def _control(
         penalty = architecture.first_penalty(spec.l1_at(layer, num_layers), x_LND.shape[2])
         first.append(penalty or 0.0)
         target.append(math.nan if penalty is None or spec.l0 is None else spec.l0)
-    return SparsityController.start(*(torch.tensor(v, device=x_LND.device) for v in (first, target)))
+    return SparsityController.start(
+        *(torch.tensor(v, dtype=torch.float32, device=x_LND.device) for v in (first, target))
+    )
 
 
 @torch.no_grad()

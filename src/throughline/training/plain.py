@@ -81,7 +81,9 @@ class PlainTrainer:
         with torch.no_grad():
             l0_L = losses.fired_LF.sum(1) / N
             group.controller.update_(l0_L, step, course.num_steps, course.rate(step))
-            group.architecture.after_step_(group.stack, losses, group.controller.trim(step, course.num_steps))
+            group.architecture.after_step_(
+                group.stack, losses.smallest_L, group.controller.trim(step, course.num_steps)
+            )
             group.idle_tokens_LF += N
             group.idle_tokens_LF[losses.fired_LF > 0] = 0
             if is_due(step, course.num_steps, group.k):
