@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,6 @@ from throughline.run_dir import RunDir
 from throughline.study import ModelSpec
 
 STATES = ("done", "imported", "running", "stopped", "waiting", "failed")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a training is. Lists are by layer."""
-
-    model: str
-    layers: list[int]
-    step: int
-    num_steps: int
-    tokens_per_second: float
-    eta_seconds: float
-    loss: list[float]
-    l0: list[float]
-    fvu: list[float]
-    dead: list[float]
 
 
 class JobNotes:

@@ -59,12 +59,10 @@ class Session:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Count the seconds of the block as the stage's."""
+        """Count the seconds of the block as the stage's, unless it fails: then nothing was done."""
         started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[stage] += time.perf_counter() - started
+        yield
+        self._seconds[stage] += time.perf_counter() - started
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
         """Count what another process spent."""
@@ -78,7 +76,7 @@ class Session:
 
     @contextmanager
     def noting_seconds(self) -> Iterator[dict[str, float]]:
-        """Give the seconds by stage that the block counted, once it has ended, and add them to the run's own, even if it fails.
+        """Give the seconds by stage that the block counted, once it has ended, and add them to the run's own, also where it failed at last.
 
         Writing the report again is no news.
         """

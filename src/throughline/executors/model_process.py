@@ -26,9 +26,9 @@ import torch
 
 from throughline import pipeline
 from throughline.errors import ThroughlineError
-from throughline.progress import Progress
 from throughline.run_dir import RunDir
 from throughline.session import Session
+from throughline.training import Progress
 
 
 class _Answers:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import throughline.errors as errors
 from throughline.errors import ThroughlineError
-from throughline.progress import Progress
 from throughline.records import Trace
 from throughline.session import Session
+from throughline.training import Progress
 
 NARROW = 256  # d_model below which one core is enough for a product
 END_SECONDS = 5.0  # that a process gets to end by itself

@@ -26,7 +26,6 @@ from throughline.dictionaries import Dictionary
 from throughline.dictionaries.auxk import AUX_TOKENS
 from throughline.dictionaries.stack import Architecture, Stack
 from throughline.errors import InputError, TrainingError
-from throughline.progress import Progress
 from throughline.registry import ARCHITECTURES
 from throughline.study import DictionarySpec, TrainingSpec
 from throughline.training import compiled
@@ -50,6 +49,22 @@ SCALED_ON = 4096  # tokens that dictionaries are initialised from
 PIECE_TOKENS = 512  # of a chunk at a time: they stay in the cache
 LENGTH_FROM = 512  # of them, on which the encoder's first length is found
 Shape = tuple[str, int, int | None]  # architecture, features, and k where it says how many are active
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is. Lists are by layer."""
+
+    model: str
+    layers: list[int]
+    step: int
+    num_steps: int
+    tokens_per_second: float
+    eta_seconds: float
+    loss: list[float]
+    l0: list[float]
+    fvu: list[float]
+    dead: list[float]
 
 
 @dataclass(frozen=True)
