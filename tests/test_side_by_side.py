@@ -15,6 +15,7 @@ import yaml
 from commands import start
 from throughline import api
 from throughline.errors import GateError, InputError, TrainingError
+from throughline.executors import processes
 from throughline.executors.processes import SideBySide, divide_cores
 from throughline.run_dir import RunDir
 from throughline.session import Session
@@ -100,6 +101,12 @@ def test_a_model_process_that_is_killed_is_made_up_for(one_after_another, tmp_pa
     assert hashes_of(tmp_path / "run") == one_after_another
 
 
+def test_a_model_that_kills_its_processes_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "MODEL_PROCESS", "throughline.no_such_module")
+    with pytest.raises(TrainingError, match=r"zoo/gpt2: its process was ended .* 3 times; .*; zoo/pythia: its process"):
+        api.train(write(tmp_path), tmp_path / "run", device="cpu")
+
+
 def test_model_processes_end_with_whoever_started_them(one_after_another, tmp_path):
     study = write(tmp_path, training=LONG)
     with start("run", study, "--out", tmp_path / "run", "--device", "cpu", "--quiet") as driver:
@@ -125,7 +132,7 @@ def test_a_model_that_fails_the_gate_goes_no_further(tmp_path):
 
 def test_every_model_that_fails_is_named(tmp_path):
     wild = {"tokens": 6000, "batch_tokens": 64, "lr": 1e30}
-    with pytest.raises(TrainingError, match=r"zoo/pythia.*the loss is .*; zoo/gpt2.*the loss is "):
+    with pytest.raises(TrainingError, match=r"zoo/gpt2.*the loss is .*; zoo/pythia.*the loss is "):
         api.train(write(tmp_path, training=wild), tmp_path / "run", device="cpu")
     assert all(state.failed for state in RunDir.open(tmp_path / "run").jobs())
     assert not children()

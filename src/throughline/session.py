@@ -76,7 +76,7 @@ class Session:
 
     @contextmanager
     def noting_seconds(self) -> Iterator[dict[str, float]]:
-        """Give the seconds by stage that the block counted, once it has ended, and add them to the run's own, also where it failed at last.
+        """Give the seconds by stage that the block counted, once it has ended, and add them to the run's own, even if it fails.
 
         Writing the report again is no news.
         """

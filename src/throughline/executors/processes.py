@@ -2,26 +2,28 @@
 
 Products of narrow models are too small to be divided between cores, and much around them (the interpreter, tables, the search for
 labels) runs on one core. So each process takes a model, with an equal share of the threads, and then the next one that waits.
-What processes make lies in the run folder: one that was killed is replaced by this process, which goes on from the checkpoint.
+What processes make lies in the run folder: if one is killed, another goes on with its model from the checkpoint.
 """
 
 import json
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
 import throughline.errors as errors
-from throughline.errors import ThroughlineError
+from throughline.errors import ThroughlineError, TrainingError
 from throughline.records import Trace
 from throughline.session import Session
 from throughline.training import Progress
 
 NARROW = 256  # d_model below which one core is enough for a product
 END_SECONDS = 5.0  # that a process gets to end by itself
+MOST_LOSSES = 3  # of processes with one model, which then seems to be what kills them
+MODEL_PROCESS = "throughline.executors.model_process"
 Message = Mapping[str, Any]
 
 
@@ -63,9 +65,9 @@ def advance_models(
     """Take `models` through `stages`, in this order; returns what failed, by model.
 
     A model whose dictionaries fail the gate goes no further, unless `force`. `on_trace` is given a trace of the prompt `look` in
-    the first model, as soon as that has labels. A process that is lost is told of; what it left undone stays so.
+    the first model, as soon as that has labels. A model whose process is lost goes on in another.
     """
-    waiting, failures = deque(models), []
+    waiting, failures, losses = deque(models), [], Counter[str]()
     events: SimpleQueue[tuple[_Process, Message]] = SimpleQueue()
     processes = [_Process(session, division.threads, events) for _ in range(min(division.processes, len(waiting)))]
 
@@ -94,21 +96,32 @@ def advance_models(
                 session.add_seconds(message["seconds"])
                 busy -= not give(process)
             elif "lost" in message:
-                session.say(
-                    f"{process.model}: its process was ended (out of memory, or killed); another goes on from its last checkpoint"
-                )
-                busy -= 1
+                model, ended = process.model, "its process was ended (out of memory, or killed)"
+                losses[model] += 1
+                if losses[model] < MOST_LOSSES:
+                    session.say(f"{model}: {ended}; another goes on from its last checkpoint")
+                    waiting.appendleft(model)
+                else:
+                    advice = "with executor.processes 1 it has all memory to itself"
+                    failures.append((model, TrainingError(f"{ended} {MOST_LOSSES} times; {advice}")))
+                process.kill()
+                processes.remove(process)
+                if waiting:
+                    processes.append(_Process(session, division.threads, events))
+                    give(processes[-1])
+                else:
+                    busy -= 1
     finally:
         for process in processes:
             process.kill()
-    return failures
+    return sorted(failures, key=lambda failure: models.index(failure[0]))
 
 
 class _Process:
     """A process that takes one model after another; what it says is put into `events`."""
 
     def __init__(self, session: Session, threads: int, events: "SimpleQueue[tuple[_Process, Message]]") -> None:
-        command = [sys.executable, "-m", "throughline.executors.model_process"]
+        command = [sys.executable, "-m", MODEL_PROCESS]
         command += [session.run.place, session.device, str(threads)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"

@@ -29,9 +29,9 @@ def advance_models(
 ) -> None:
     """Take all models through `stages`, side by side, where that is faster (`processes.divide_cores`); otherwise do nothing.
 
-    What is left undone (a model that fails the gate, a process that was killed, labels that a language model is asked for) is for
-    the stages themselves, which come next. `on_trace` is given a trace of the study's first prompt in the model `first`, which
-    is begun with, as soon as that has labels. Raises what failed, as `train_models` does.
+    What is left undone (a model that fails the gate, labels that a language model is asked for) is for the stages themselves,
+    which come next. `on_trace` is given a trace of the study's first prompt in the model `first`, which is begun with, as soon as
+    that has labels. Raises what failed, as `train_models` does.
     """
     study = session.study
     widths = {spec.name: check_model(spec).width for spec in study.models}
