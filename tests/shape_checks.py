@@ -12,6 +12,7 @@ Annotations without a shape are left to pyright. `conftest.py` imports this modu
 """
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
@@ -47,7 +48,10 @@ def has_shape(hint: Any) -> bool:
 
 def check(what: Any) -> Any:
     """A function or class as it is, but that shapes in its annotations are checked: in each call, of each new instance."""
-    if not any(has_shape(hint) for hint in what.__annotations__.values()):
+    hints = what.__annotations__.values()
+    in_strings = [hint for hint in hints if isinstance(hint, str) and re.search(r"(Float|Int|Bool)\d*\[", hint)]
+    assert not in_strings, f"{what.__module__}.{what.__qualname__}: a shape in a string is not checked: {in_strings}"
+    if not any(has_shape(hint) for hint in hints):
         return what
     if not isinstance(what, type):
         return jaxtyped(what, typechecker=_check_shapes)
