@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from builders import random_dictionary
-from throughline import api, jobs, session
+from throughline import api, jobs
+from throughline import codes as codes_module
 from throughline.codes import encode_text
 from throughline.dictionaries import load_dictionary
 from throughline.dictionaries.formats import write_foreign
@@ -144,7 +145,7 @@ def test_layers_that_do_not_fit_with_their_twins_are_trained_one_by_one(folder, 
 
 def test_a_session_reads_twins_and_their_codes_in_one_pass(folder, monkeypatch):
     opened = Session(RunDir.open(folder / "with"))
-    read = session.encode_text_with
+    read = codes_module.encode_text_with
     passes = 0
 
     def counted(*given: Any) -> Any:
@@ -152,7 +153,7 @@ def test_a_session_reads_twins_and_their_codes_in_one_pass(folder, monkeypatch):
         passes += 1
         return read(*given)
 
-    monkeypatch.setattr(session, "encode_text_with", counted)
+    monkeypatch.setattr(codes_module, "encode_text_with", counted)
     side = _Side(opened, MODEL)
     own, [twins] = side.dictionaries, side.twins
     assert list(own) == list(twins) == [1, 4]
@@ -177,9 +178,9 @@ def test_a_session_reads_all_twins_and_memory_counts_them(folder, tmp_path, monk
     opened = Session(run, "cpu")
     train_models(opened, lambda progress: None)
     evaluate_models(opened)
-    read, passes = session.encode_text_with, []
+    read, passes = codes_module.encode_text_with, []
     monkeypatch.setattr(
-        session, "encode_text_with", lambda sets, *given: passes.append(len(sets)) or read(sets, *given)
+        codes_module, "encode_text_with", lambda sets, *given: passes.append(len(sets)) or read(sets, *given)
     )
     side = _Side(opened, MODEL)
     assert [list(twins) for twins in side.twins] == [[1, 4]] * 2

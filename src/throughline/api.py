@@ -442,10 +442,10 @@ def run(
     asked = loaded.features.asked
     if asked and asked.base_url and approve is None:  # hours before the question would come
         raise InputError(f"features.labelers has llm, which sends texts to {asked.base_url}; --yes lets it")
-    say(f"{loaded.name}: {', '.join(spec.name for spec in loaded.models)}; into {place_of(loaded, out)}")
     with _begin(loaded, out, resume, device, say) as session, session.noting_seconds() as spent:
         from throughline import pipeline
 
+        say(f"{loaded.name}: {', '.join(spec.name for spec in loaded.models)}; into {place_of(loaded, out)}")
         pipeline.advance_models(session, progress, force=force, first=first, on_trace=on_trace)
         pipeline.train_models(session, progress)
         pipeline.evaluate_models(session)
