@@ -138,7 +138,8 @@ def test_full_size_is_the_published_size(name):
     assert round(sum(parameter.numel() for parameter in parameters) / 1e6, 1) == PUBLISHED[name]
     depth = {"gpt2-medium": 24, "gemma-2b": 18, "phi-2": 32, "pythia-1.4b": 24}[name]
     context = {"gpt2-medium": 1024, "gemma-2b": 8192}.get(name, 2048)
-    assert check_model(spec_of(FULL_SIZE / name))[:2] == (depth, context)
+    width = {"gpt2-medium": 1024, "phi-2": 2560}.get(name, 2048)
+    assert check_model(spec_of(FULL_SIZE / name)) == (depth, context, width)
 
 
 @pytest.mark.parametrize(("name", "rotated"), [("phi-2", 32), ("pythia-1.4b", 32), ("gemma-2b", 256)])

@@ -435,7 +435,8 @@ def run(
     """Train, evaluate, describe, label, relate, trace and report; what is done from the same settings is skipped.
 
     A study whose labels an endpoint is asked for needs `approve`, which is told what that costs and returns True or False.
-    `on_trace` is given a trace of the study's first prompt, if it has one, in the model `first` as soon as that has labels.
+    Where models go side by side, `on_trace` is given a trace of the study's first prompt, if it has one, in the model `first` as
+    soon as that has labels.
     """
     started = time.perf_counter()
     loaded = load_study(study, settings)

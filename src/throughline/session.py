@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,15 +26,6 @@ if TYPE_CHECKING:
     from throughline.codes import Codes
 
 SELECTION_SEED = 1_000_003  # apart from the seeds of training
-
-
-def __getattr__(name: str) -> Any:
-    """`Codes`, for who looks an annotation up: a trace needs none, nor the sparse matrices they are made of."""
-    if name != "Codes":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from throughline.codes import Codes
-
-    return Codes
 
 
 class Session:
@@ -221,9 +212,9 @@ class Session:
         keep_residuals: bool = False,
     ) -> "list[Codes]":
         key = (name, which)
-        from throughline.codes import encode_text_with
-
         if key not in self._codes:
+            from throughline.codes import encode_text_with  # brings scipy, which a trace does without
+
             rows = self.rows(name, documents)
             self._codes[key] = encode_text_with(sets, self.model(name), rows, documents, keep_residuals)
         return self._codes[key]

@@ -25,8 +25,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     from throughline.errors import ThroughlineError
 
     if arguments is None:  # a process of ours alone
-        gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
         lean_imports.wanted = len(sys.argv) > 1 and sys.argv[1] in READING
+        if lean_imports.wanted:
+            gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no Δ shows a question mark
