@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,41 @@ def test_the_report_is_written_without_torch(tmp_path):
 def test_what_reads_a_finished_run_loads_neither_torch_nor_transformers(command, tmp_path):
     run = build_run(tmp_path / "run", MODELS[2:])
     assert loaded_by(HELP.format([command[0], str(run.root), *command[1:]])) == set()
+
+
+ASK = """
+import os, signal, time, urllib.error
+from threading import Thread
+from urllib.request import urlopen
+
+def ask():
+    try:
+        for path in ("", "api/overview", "api/features?model=small&layer=0", "api/status"):
+            while not answers(path):
+                time.sleep(0.05)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+
+def answers(path):
+    try:
+        return urlopen(f"http://127.0.0.1:{port}/{path}").status == 200
+    except urllib.error.HTTPError:
+        raise
+    except OSError:  # it does not listen yet
+        return False
+
+asking = Thread(target=ask)
+asking.start()
+"""
+
+
+def test_a_server_loads_neither_before_a_prompt_is_traced(tmp_path):
+    run = build_run(tmp_path / "run", MODELS[2:])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = HELP.format(["serve", str(run.root), "--port", str(port), "--quiet"])
+    assert loaded_by(f"port = {port}\n{ASK}\n{serve}\nasking.join()") == set()
 
 
 NOT_FOR_A_TRACE = {

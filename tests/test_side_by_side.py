@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.xdist_group("side_by_side"),
     pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are found by what Linux tells of them"),
 ]
-LONG = {"tokens": 60_000, "batch_tokens": 64}  # seconds rather than milliseconds of training
+LONG = {"tokens": 40_000, "batch_tokens": 64}  # seconds rather than milliseconds of training
 MADE = ("*.safetensors", "*.parquet", "quality.json")
 
 
@@ -48,6 +48,11 @@ def hashes_of(run: Path) -> dict[str, str]:
     return {str(file.relative_to(run)): sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def weights_of(hashes: dict[str, str]) -> dict[str, str]:
+    """Those of dictionaries and probes."""
+    return {name: digest for name, digest in hashes.items() if name.endswith(".safetensors")}
+
+
 def children(pid: int | str = "self") -> list[int]:
     """The model processes that a process has started."""
     found = [
@@ -66,9 +71,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
 
 @pytest.fixture(scope="module")
 def one_after_another(tmp_path_factory) -> dict[str, str]:
-    """What the study gives in this process alone."""
+    """What the study gives in this process alone, one stage of all models after another."""
     folder = tmp_path_factory.mktemp("alone")
-    api.run(write(folder, executor={"cpus": 1}, training=LONG), folder / "run", device="cpu")
+    run = api.train(write(folder, executor={"cpus": 1}, training=LONG), folder / "run", device="cpu").root
+    for stage in (api.evaluate, api.features, api.label, api.transfer):
+        stage(run, device="cpu")
     return hashes_of(folder / "run")
 
 
@@ -88,17 +95,17 @@ def test_the_same_files_as_one_after_another(one_after_another, tmp_path):
 
 def test_a_model_process_that_is_killed_is_made_up_for(one_after_another, tmp_path):
     said: list[str] = []
-    killed: list[int] = []
 
-    def kill(progress: Any) -> None:
-        if not killed and 100 < progress.step < progress.num_steps:
-            killed.append(children()[0])
-            os.kill(killed[0], signal.SIGKILL)
+    def kill() -> None:
+        wait_for(lambda: list((tmp_path / "run" / "progress").glob("*.json")))  # one of them trains
+        os.kill(wait_for(children)[0], signal.SIGKILL)
 
-    api.run(write(tmp_path, training=LONG), tmp_path / "run", device="cpu", say=said.append, progress=kill)
-    assert killed
+    killing = Thread(target=kill)
+    killing.start()
+    api.train(write(tmp_path, training=LONG), tmp_path / "run", device="cpu", say=said.append)
+    killing.join()
     assert [line for line in said if "its process was ended (out of memory, or killed)" in line]
-    assert hashes_of(tmp_path / "run") == one_after_another
+    assert hashes_of(tmp_path / "run") == weights_of(one_after_another)
 
 
 def test_a_model_that_kills_its_processes_is_named(tmp_path, monkeypatch):
@@ -109,14 +116,14 @@ def test_a_model_that_kills_its_processes_is_named(tmp_path, monkeypatch):
 
 def test_model_processes_end_with_whoever_started_them(one_after_another, tmp_path):
     study = write(tmp_path, training=LONG)
-    with start("run", study, "--out", tmp_path / "run", "--device", "cpu", "--quiet") as driver:
+    with start("train", study, "--out", tmp_path / "run", "--device", "cpu", "--quiet") as driver:
         working = wait_for(lambda: found if len(found := children(driver.pid)) == 2 else None)
         wait_for(lambda: list((tmp_path / "run" / "progress").glob("*.json")))
         driver.kill()
         driver.wait(timeout=30)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in working), seconds=10)
-    api.run(study, tmp_path / "run", device="cpu", resume=True)
-    assert hashes_of(tmp_path / "run") == one_after_another
+    api.train(study, tmp_path / "run", device="cpu", resume=True)
+    assert hashes_of(tmp_path / "run") == weights_of(one_after_another)
 
 
 def test_a_model_that_fails_the_gate_goes_no_further(tmp_path):
