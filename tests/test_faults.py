@@ -25,7 +25,7 @@ name: faults
 models: [{path: zoo/gpt2, layers: [0]}, {path: zoo/pythia, layers: [0, 1, 2]}]
 data: {path: zoo/arithmetic, context: 64}
 dictionary: {expansion: 2, k: 8}
-training: {tokens: 200000, batch_tokens: 256, checkpoint_minutes: 0}
+training: {tokens: 140000, batch_tokens: 256, checkpoint_minutes: 0}
 """
 TRAIN = ("train", "study.yaml", "--device", "cpu")
 

@@ -157,7 +157,7 @@ def test_only_the_ray_executor_imports_ray():
     importers = {
         name for name, path in modules().items() if any(part_of(i) == "ray" for i in imports_of(path.read_text()))
     }
-    assert importers <= {"executors.ray"}
+    assert importers <= {"executors.ray", "executors.ray_worker"}
 
 
 @pytest.mark.parametrize("part", sorted(TORCH_FREE))

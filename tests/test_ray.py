@@ -31,7 +31,7 @@ STUDY: dict[str, Any] = {
     "models": [{"path": "zoo/gpt2", "layers": [0, 1, 2]}, {"path": "zoo/pythia", "layers": [0, 1]}],
     "data": {"path": "zoo/arithmetic", "context": 64},
     "dictionary": {"expansion": 2, "k": 8},
-    "training": {"tokens": 200_000, "batch_tokens": 256, "checkpoint_minutes": 0},
+    "training": {"tokens": 100_000, "batch_tokens": 256, "checkpoint_minutes": 0},
     "executor": {"cpus": 1},
 }
 SHORT: dict[str, Any] = STUDY | {

@@ -47,7 +47,7 @@ STUDY: dict[str, Any] = {
 }
 LONGER = STUDY | {
     "models": [{"path": "zoo/pythia", "layers": [1]}],
-    "training": STUDY["training"] | {"tokens": 900_000},
+    "training": STUDY["training"] | {"tokens": 400_000},
 }
 STATE_FILE = "state.safetensors"
 STATE = f"models/zoo-pythia/checkpoints/layers_00-01/{STATE_FILE}"

@@ -100,6 +100,7 @@ def plan(
 
     named = None if devices is None else parse_devices(devices)
     run = None if out is None else RunDir.open(out)
+    leave_out_unused()
     from throughline.planning.calibration import find_devices
     from throughline.planning.studies import count_models, place_models
 
@@ -541,6 +542,7 @@ def _begin(study: Study, out: str | Path | None, resume: bool, device: str | Non
             raise InputError(f"{place} is not empty and not a run folder; give another with --out")
         if not resume:
             raise InputError(f"{place} holds a run already; continue it with --resume, or give another with --out")
+    leave_out_unused()
     from throughline.pipeline import check_study
     from throughline.session import Session
 

@@ -1,7 +1,7 @@
 """What of torch and transformers a process needs that only reads one model on one device, and nothing of the rest.
 
 transformers imports, for any model, all that some model or some way of running one may need. In a process that is ours alone and
-runs nobody else's code (`throughline trace` and `compare`, a server's worker) three things are done before it is imported:
+runs nobody else's code (commands, a server's worker, workers of `executors`) three things are done before it is imported:
 
     1. its probes for accelerate, scipy and torch.distributed are asked while these are hidden, and keep their answer: a model on
        one device is run as where they are not installed

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 STOPPED = 130
 OBJECTS_BETWEEN_COLLECTIONS = 50_000  # where Python has 700: nearly all that imports make stays
-READING = ("trace", "compare")  # commands that run language models, and nobody else's code
+READING = ("trace", "compare")  # commands whose seconds are mostly imports
 USER_CAN_MEND = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS}
 
 
@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     from throughline.errors import ThroughlineError
 
     if arguments is None:  # a process of ours alone
-        lean_imports.wanted = len(sys.argv) > 1 and sys.argv[1] in READING
-        if lean_imports.wanted:
+        lean_imports.wanted = True
+        if len(sys.argv) > 1 and sys.argv[1] in READING:
             gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

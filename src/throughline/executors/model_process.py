@@ -20,15 +20,15 @@ from contextlib import suppress
 from dataclasses import asdict
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-
-from throughline import pipeline
+from throughline import lean_imports, pipeline
 from throughline.errors import ThroughlineError
 from throughline.run_dir import RunDir
-from throughline.session import Session
-from throughline.training import Progress
+
+if TYPE_CHECKING:
+    from throughline.session import Session
+    from throughline.training import Progress
 
 
 class _Answers:
@@ -43,11 +43,11 @@ class _Answers:
             self._file.flush()
 
 
-def _advance(session: Session, request: Mapping[str, Any], answers: _Answers) -> None:
+def _advance(session: "Session", request: Mapping[str, Any], answers: _Answers) -> None:
     """One model through the stages asked for."""
     name = request["model"]
 
-    def report(progress: Progress) -> None:
+    def report(progress: "Progress") -> None:
         answers.write(progress=asdict(progress))
 
     try:
@@ -84,6 +84,12 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is its starter's, which then ends this
     place, device, threads = sys.argv[1:]
+    lean_imports.wanted = True
+    lean_imports.leave_out_unused()
+    import torch
+
+    from throughline.session import Session
+
     torch.set_num_threads(int(threads))
     session = Session(RunDir.open(place), device, lambda line: answers.write(say=line))
     for request in _requests(sys.stdin):

@@ -8,7 +8,7 @@
 6. at the end, also after Ctrl-C, everything that was started here is shut down
 
 What workers write lies under the storage root: dictionaries, checkpoints, and notes of where they are. The driver only reads these,
-so it can be killed and started again.
+so it can be killed and started again. What runs on them is `ray_worker`.
 """
 
 import logging
@@ -18,23 +18,22 @@ import shutil
 import socket
 import sys
 import tempfile
-import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from throughline.errors import InputError, ThroughlineError, TrainingError
+from throughline.errors import InputError, TrainingError
+from throughline.executors import ray_worker
 from throughline.executors.placing import Node, PlacedJob, Wanted, place_jobs, size_of_teams, teams, wanted_of
-from throughline.jobs import Job, Report, train_job
+from throughline.jobs import Job, Report
 from throughline.progress import JobNotes
 from throughline.records import JobState, PlannedDevice
 from throughline.run_dir import RunDir
 from throughline.session import Session
 from throughline.study import ExecutorSpec
 from throughline.training import Progress
-from throughline.training.ranks import ALONE, Ranks
 
 POLL_SECONDS = 1.0
 KNOCK_SECONDS = 10.0
@@ -73,7 +72,9 @@ class _Driver:
         self._ray, self._session, self._report = ray, session, report
         self._wanted, self._size = wanted, size
         # a worker of its own for each job: what it held, memory of a device included, is free when it is done
-        self._task = ray.remote(max_retries=0, max_calls=1)(_train if size == 1 else _train_together)
+        self._task = ray.remote(max_retries=0, max_calls=1)(
+            ray_worker.train if size == 1 else ray_worker.train_together
+        )
         self._jobs: dict[Any, PlacedJob] = {}
         self._attempts: dict[str, int] = defaultdict(int)
         self._reasons: dict[str, list[str]] = defaultdict(list)
@@ -85,14 +86,14 @@ class _Driver:
         """Hand a job to Ray, for the first time or again."""
         job, root = placed.job, self._session.run.storage.absolute()
         self._attempts[job.name] += 1
-        given = (root, job.model, job.layers, self._attempts[job.name], self._wanted)
+        given = (root, job.model, job.layers, self._attempts[job.name], self._wanted.cpus)
         options: dict[str, Any] = {"name": job.name, "num_cpus": 0}
         if self._size == 1:
             options |= {"num_cpus": self._wanted.cpus, "num_gpus": self._wanted.gpus, "accelerator_type": placed.card}
             options |= {"memory": placed.memory_bytes} if placed.memory_bytes else {}
             reference = self._task.options(**options).remote(*given)
         else:
-            reference = self._task.options(**options).remote(*given, self._size, placed.card)
+            reference = self._task.options(**options).remote(*given, self._wanted.gpus, self._size, placed.card)
         self._jobs[reference] = placed
 
     def wait(self) -> None:
@@ -115,7 +116,7 @@ class _Driver:
             return
         for line in said:
             self._session.say(line)
-        if isinstance(failure, Lost):
+        if isinstance(failure, ray_worker.Lost):
             self._lose(placed, failure)
         elif failure:
             self._fail(placed, failure)
@@ -164,100 +165,6 @@ class _Driver:
                 self._report(Progress(**measured))
 
 
-# ---- on workers
-
-
-class Lost(str):
-    """How a worker was lost, where that is no failure of the job's own."""
-
-
-def _train(
-    root: str, model: str, layers: list[int], attempt: int, wanted: Wanted, ranks: Ranks = ALONE
-) -> tuple[list[str], str | None]:
-    """Train one job. What it had to say, and why it failed, if it did."""
-    import ray
-    import torch
-
-    said: list[str] = []
-    try:
-        torch.set_num_threads(max(1, int(wanted.cpus)))
-        gpus = ray.get_gpu_ids()
-        session = Session(RunDir.open(root), "cuda" if gpus else "cpu", said.append)
-        session.device_name = f"cuda:{','.join(map(str, gpus))}" if gpus else f"cpu of process {os.getpid()}"
-        train_job(session, Job(model, layers), lambda progress: None, attempt, ranks)
-    except ThroughlineError as error:
-        return said, str(error)
-    except OSError as error:
-        return said, f"{error.filename or root}: {error.strerror or error}"
-    except Exception as error:  # a fault of ours or of a library: the log has all of it
-        traceback.print_exc()
-        return said, f"{type(error).__name__}: {error}"
-    return said, None
-
-
-def _train_together(
-    root: str, model: str, layers: list[int], attempt: int, wanted: Wanted, size: int, card: str | None
-) -> tuple[list[str], str | None]:
-    """Train one job on `size` devices, of which each computes a share of every batch. As `_train`."""
-    import ray
-    from ray.exceptions import RayError
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    kept = tempfile.mkdtemp(prefix="tl-")  # Ray Train writes down there that it ran
-    heard = ray.remote(num_cpus=0)(_Heard).remote()
-    given = {"root": root, "model": model, "layers": layers, "attempt": attempt, "wanted": wanted, "heard": heard}
-    trainer = TorchTrainer(
-        _train_rank,
-        train_loop_config=given,
-        torch_config=TorchConfig(backend="nccl" if wanted.gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=size,
-            use_gpu=wanted.gpus > 0,
-            resources_per_worker={"CPU": wanted.cpus} | ({"GPU": wanted.gpus} if wanted.gpus else {}),
-            accelerator_type=card,
-        ),
-        run_config=RunConfig(storage_path=kept, failure_config=FailureConfig(max_failures=0)),
-    )
-    try:
-        trainer.fit()
-        return ray.get(heard.said.remote()), None
-    except TrainingFailedError as error:
-        reasons = list(getattr(error, "worker_failures", {}).values())
-        lost = next((reason for reason in reasons if isinstance(reason, RayError)), None)
-        return [], Lost(type(lost).__name__) if lost else str(next(iter(reasons), error)).strip()
-    finally:
-        shutil.rmtree(kept, ignore_errors=True)
-
-
-class _Heard:
-    """What the first of the workers of a job has to say; Ray Train's own results are measures."""
-
-    def __init__(self) -> None:
-        self._said: list[str] = []
-
-    def hear(self, said: list[str]) -> None:
-        self._said += said
-
-    def said(self) -> list[str]:
-        return self._said
-
-
-def _train_rank(given: dict[str, Any]) -> None:
-    """On each of the workers of a job, between which Ray Train has opened a process group."""
-    import ray
-    from ray.train.torch import get_device
-
-    from throughline.training.processes import Processes
-
-    heard, ranks = given["heard"], Processes(str(get_device()))
-    said, failure = _train(**{name: value for name, value in given.items() if name != "heard"}, ranks=ranks)
-    if failure:  # the other ranks wait for this one: Ray Train ends them when it raises
-        raise TrainingError(failure)
-    if ranks.rank == 0:
-        ray.get(heard.hear.remote(said))
-
-
 # ---- the cluster
 
 
@@ -276,7 +183,7 @@ def _measure(ray: Any, session: Session, wanted: Wanted, alike: Sequence[Node]) 
     """A device of nodes that are alike: memory and rates. TrainingError if all of them are lost meanwhile."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(max_calls=1)(_measure_here)
+    task = ray.remote(max_calls=1)(ray_worker.measure)
     for node in alike:
         there = NodeAffinitySchedulingStrategy(node.id, soft=False)
         options = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "scheduling_strategy": there}
@@ -285,16 +192,6 @@ def _measure(ray: Any, session: Session, wanted: Wanted, alike: Sequence[Node]) 
         except ray.exceptions.RayError:
             continue
     raise TrainingError(f"no node of {len(alike)} with {alike[0].kind} answers")
-
-
-def _measure_here(precision: str, cpus: float) -> PlannedDevice:
-    """On a worker: its device."""
-    import torch
-
-    from throughline.planning.calibration import find_devices
-
-    torch.set_num_threads(max(1, int(cpus)))
-    return find_devices(precision)[0]
 
 
 @contextmanager
