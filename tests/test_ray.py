@@ -104,6 +104,7 @@ def dictionaries(training: Training) -> list[Dictionary]:
     return [load_dictionary(training.run.layer_folder("zoo/gpt2", layer)) for layer in (0, 2)]
 
 
+@pytest.mark.slow("cluster")
 def test_two_devices_train_one_block_as_one_does_and_nothing_of_ray_reaches_the_terminal(cluster, tmp_path):
     together = Training(SHORT | {"executor": {"cpus": 1, "devices": 2}}, tmp_path / "two", cluster.address)
     alone = Training(SHORT, tmp_path / "one")

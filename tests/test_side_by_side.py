@@ -115,6 +115,7 @@ def test_a_model_that_kills_its_processes_is_named(tmp_path, monkeypatch):
         api.train(write(tmp_path), tmp_path / "run", device="cpu")
 
 
+@pytest.mark.slow("processes")
 def test_model_processes_end_with_whoever_started_them(one_after_another, tmp_path):
     study = write(tmp_path, training=LONG)
     with start("train", study, "--out", tmp_path / "run", "--device", "cpu", "--quiet") as driver:
@@ -127,6 +128,7 @@ def test_model_processes_end_with_whoever_started_them(one_after_another, tmp_pa
     assert hashes_of(tmp_path / "run") == weights_of(one_after_another)
 
 
+@pytest.mark.slow("processes")
 def test_a_model_that_fails_the_gate_goes_no_further(tmp_path):
     strict = TWO_MODELS["gate"] | {"max_fvu": 1e-9}
     with pytest.raises(GateError, match=r"quality gate failed: .*zoo/pythia layer 0"):
@@ -146,6 +148,7 @@ def test_every_model_that_fails_is_named(tmp_path):
     assert not children()
 
 
+@pytest.mark.slow("processes")
 def test_an_interruption_ends_all_of_them(tmp_path):
     """Ctrl-C, as a signal of the main thread of a process with two model processes."""
     with start("run", write(tmp_path, training=LONG), "--out", tmp_path / "run", "--device", "cpu") as driver:

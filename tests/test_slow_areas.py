@@ -39,7 +39,7 @@ def test_paths_of_the_table_are_there(path):
         (["docs/development.md", "README.md"], "none"),
         (["src/throughline/executors/ray.py"], "cluster,storage"),
         (["src/throughline/dictionaries/formats/saelens.py"], "peers"),
-        (["src/throughline/training/kernels.py"], "cluster,faults,kernels,ranks,storage"),
+        (["src/throughline/training/kernels.py"], "cluster,faults,kernels,processes,ranks,storage"),
         (["src/throughline/views/answers.py", "docs/serving.md"], "page"),
         (["tests/test_faults.py"], "faults"),
         (["tests/test_storage.py", "tests/test_text.py"], "cluster,storage"),
