@@ -15,11 +15,12 @@ NUMBERS = st.one_of(
 )
 
 
-@pytest.fixture(autouse=True, scope="module", params=[0, 2**30], ids=["compiled", "of few"])
+@pytest.fixture(autouse=True, scope="module", params=["sys", "no module of this name"], ids=["compiled", "of few"])
 def _both_ways(request):
     """Every test for the compiled loops, and for what takes their place where there are few entries."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selecting, "FEW_ENTRIES", request.param)
+        patch.setattr(selecting, "KERNELS", request.param)
+        patch.setattr(selecting, "FEW_ENTRIES", 2**30)
         yield
 
 

@@ -1,20 +1,24 @@
 """The k largest entries of each row on a CPU, where `torch.topk` takes as long as the encoder's product (288 features, k 20)."""
 
+import sys
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 FEW_ENTRIES = 2**19  # of a matrix: below, importing numba would take longer than the loops save
+KERNELS = "throughline.dictionaries.kernels"
 
 
 def keep_top(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F"]:
     """`pre_NF` with the k largest positive entries of each row kept and all else zero; of equal ones the first. NaN stays NaN.
 
-    Compiled for many float32 entries on a CPU, the same of torch's functions for few; elsewhere, and where a gradient is
+    Compiled on a CPU for float32, or where nothing compiled is loaded yet and entries are few, the same of torch's functions; elsewhere, and where a gradient is
     wanted, torch's `topk`, which among equals keeps any.
     """
     if pre_NF.device.type == "cpu" and pre_NF.dtype == torch.float32 and not pre_NF.requires_grad:
-        return _keep_top_of_few(pre_NF, k) if pre_NF.numel() <= FEW_ENTRIES else _keep_top_of_many(pre_NF, k)
+        is_worth_it = KERNELS in sys.modules or pre_NF.numel() > FEW_ENTRIES
+        return _keep_top_compiled(pre_NF, k) if is_worth_it else _keep_top_of_few(pre_NF, k)
     values, features = pre_NF.topk(min(k, pre_NF.shape[1]), dim=1, sorted=False)
     return torch.zeros_like(pre_NF).scatter_(1, features, values.relu())
 
@@ -27,7 +31,7 @@ def _keep_top_of_few(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F
     return pre_NF.masked_fill(~(above_NF | first_NF | pre_NF.isnan()), 0)
 
 
-def _keep_top_of_many(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F"]:
+def _keep_top_compiled(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F"]:
     from throughline.dictionaries.kernels import keep_top as keep_top_compiled
 
     out_NF = torch.empty(pre_NF.shape)

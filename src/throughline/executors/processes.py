@@ -6,6 +6,7 @@ What processes make lies in the run folder: if one is killed, another goes on wi
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter, deque
@@ -24,6 +25,8 @@ NARROW = 256  # d_model below which one core is enough for a product
 END_SECONDS = 5.0  # that a process gets to end by itself
 MOST_LOSSES = 3  # of processes with one model, which then seems to be what kills them
 MODEL_PROCESS = "throughline.executors.model_process"
+# Libraries that would otherwise each start a thread for every core, which wait for one another by turning round
+POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 Message = Mapping[str, Any]
 
 
@@ -124,7 +127,12 @@ class _Process:
         command = [sys.executable, "-m", MODEL_PROCESS]
         command += [session.run.place, session.device, str(threads)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | dict.fromkeys(POOLS, str(threads)),
         )
         self.model = ""
         self._events, self._ended = events, False

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ DIVERGING_STOPS = ("#0b4f9c", "#5b9bd5", "#c9c9c4", "#f0a04b", "#b34700")
 MODEL_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#6a51a3", "#7f7f7f")  # Okabe and Ito
 MODEL_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MISSING_COLOR = "#c8c8c8"
+PNG_DPI = 150
 SMALL, NORMAL, LARGE = 7.0, 8.5, 10.5  # points
 
 _SETTINGS: dict[Any, Any] = {
@@ -110,16 +112,32 @@ def luminance(color: Sequence[float]) -> float:
 
 
 def save_figure(figure: "Figure", stem: Path) -> list[Path]:
-    """Write `stem`.png, .svg and .pdf, each at once or not at all; the same figure gives the same bytes."""
-    written, engine = [], figure.get_layout_engine()
-    # Not with_suffix: a model name may have a dot in it.
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
-        path = stem.with_name(f"{stem.name}.{kind}")
-        with styled(), warnings.catch_warnings(), replacing(path) as temporary:
-            # A token in a script that the font lacks shows as a box, as it would in an editor.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-        figure.set_layout_engine("none")  # places are in inches: the other files take those of the first
-        written.append(path)
+    """Write `stem`.png, .svg and .pdf, each at once or not at all; the same figure gives the same bytes.
+
+    `figure.savefig` would draw each of them twice, once to see where things are; here that is done once for all.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    written, engine, dpi = [], figure.get_layout_engine(), figure.dpi
+    with styled(), warnings.catch_warnings():
+        # A token in a script that the font lacks shows as a box, as it would in an editor.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.dpi = PNG_DPI
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # places are in inches: all files have the same
+        for kind, print_to in (
+            ("png", partial(FigureCanvasAgg(figure).print_png, metadata={"Software": None})),
+            ("svg", partial(FigureCanvasSVG(figure).print_svg, metadata={"Date": None})),
+            ("pdf", partial(FigureCanvasPdf(figure).print_pdf, metadata={"CreationDate": None})),
+        ):
+            # Not with_suffix: a model name may have a dot in it.
+            path = stem.with_name(f"{stem.name}.{kind}")
+            with replacing(path) as temporary:
+                print_to(temporary)
+            written.append(path)
+    FigureCanvasAgg(figure)  # a canvas makes itself the figure's
     figure.set_layout_engine(engine)
+    figure.dpi = dpi
     return written

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401 - numba's products are its, and what is not loaded yet cannot be limited
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
