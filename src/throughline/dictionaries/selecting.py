@@ -13,8 +13,8 @@ KERNELS = "throughline.dictionaries.kernels"
 def keep_top(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F"]:
     """`pre_NF` with the k largest positive entries of each row kept and all else zero; of equal ones the first. NaN stays NaN.
 
-    Compiled on a CPU for float32, or where nothing compiled is loaded yet and entries are few, the same of torch's functions; elsewhere, and where a gradient is
-    wanted, torch's `topk`, which among equals keeps any.
+    On a CPU, for float32, by a compiled loop; the same of torch's functions for few entries where nothing compiled is loaded yet.
+    Elsewhere, and where a gradient is wanted, torch's `topk`, which among equals keeps any.
     """
     if pre_NF.device.type == "cpu" and pre_NF.dtype == torch.float32 and not pre_NF.requires_grad:
         is_worth_it = KERNELS in sys.modules or pre_NF.numel() > FEW_ENTRIES
