@@ -85,7 +85,7 @@ def test_it_trains_the_same_bits(folder):
     assert weights(folder / "true") == weights(folder / "forked")
 
 
-@pytest.mark.parametrize("begin", BOTH)
+@pytest.mark.parametrize("begin", [forked, pytest.param(true, marks=pytest.mark.slow("processes"))])
 def test_a_training_that_is_killed_goes_on_to_the_same_bits(folder, tmp_path, begin):
     command = ("train", folder / "study.yaml", "--out", tmp_path / "run", "--device", "cpu", "--resume", "--quiet")
     process = begin(*command)

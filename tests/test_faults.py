@@ -156,6 +156,7 @@ def test_a_run_that_can_only_be_read_is_read_and_kept(room, folder):
     assert "1 of 1 layers trained" in status.out
 
 
+@pytest.mark.slow("faults")
 def test_a_checkpoint_cut_short_while_the_driver_was_down_is_said(folder, expected):
     driver = commands.start(
         *TRAIN, "--out", "run", cwd=folder, env=os.environ | ENVIRONMENT, stdout=None, stderr=DEVNULL

@@ -80,6 +80,7 @@ def one_after_another(tmp_path_factory) -> dict[str, str]:
     return hashes_of(folder / "run")
 
 
+@pytest.mark.slow("processes")
 def test_the_same_files_as_one_after_another(one_after_another, tmp_path):
     said: list[str] = []
     finished = api.run(write(tmp_path, training=LONG), tmp_path / "run", device="cpu", say=said.append)
