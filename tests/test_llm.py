@@ -280,6 +280,7 @@ def test_a_model_that_sees_too_little_says_so(run, served):
         ask(run, settings)
 
 
+@pytest.mark.slow("llm")
 def test_a_killed_process_goes_on_without_asking_again(run, served, proxy, undisturbed, tmp_path):
     killed_at = 30
     command = ["label", run, "--yes", "--device", "cpu"]

@@ -407,6 +407,7 @@ def test_models_are_compared_live(browser, homes):
         assert all(model in text for model in ("zoo/gpt2", "zoo/phi", "zoo/pythia", "zoo/gemma"))
 
 
+@pytest.mark.slow("page")
 def test_training_is_watched_while_another_process_trains(browser, homes, tmp_path):
     preset = Path(api.__file__).parent / "presets" / "demo.yaml"
     command = ["train", preset, "--out", tmp_path / "run", "--quiet"]

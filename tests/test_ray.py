@@ -118,6 +118,7 @@ def test_two_devices_train_one_block_as_one_does_and_nothing_of_ray_reaches_the_
     assert all(line.startswith(("zoo/gpt2: step", "trained; evaluate")) for line in lines[2:]), together.said
 
 
+@pytest.mark.slow("cluster")
 def test_a_job_that_fails_twice_for_one_reason_is_failed_and_the_others_are_done(cluster, tmp_path):
     model = tiny_model()
     with torch.no_grad():

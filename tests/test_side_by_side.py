@@ -141,6 +141,7 @@ def test_a_model_that_fails_the_gate_goes_no_further(tmp_path):
     assert RunDir.open(tmp_path / "run").info().forced
 
 
+@pytest.mark.slow("processes")
 def test_every_model_that_fails_is_named(tmp_path):
     wild = {"tokens": 6000, "batch_tokens": 64, "lr": 1e30}
     with pytest.raises(TrainingError, match=r"zoo/gpt2.*the loss is .*; zoo/pythia.*the loss is "):
