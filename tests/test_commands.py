@@ -25,7 +25,7 @@ STUDY: dict[str, Any] = {
     "models": [{"path": "zoo/pythia", "layers": [0]}],
     "data": {"path": "zoo/arithmetic", "context": 64},
     "dictionary": {"architecture": "topk", "d_sae": 64, "k": 8},
-    "training": {"tokens": 50_000, "batch_tokens": 64, "checkpoint_minutes": 0},
+    "training": {"tokens": 80_000, "batch_tokens": 64, "checkpoint_minutes": 0},
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 LONGEST_SECONDS = 120.0
