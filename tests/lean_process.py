@@ -34,7 +34,7 @@ def _digest(values: torch.Tensor) -> str:
 
 
 def main() -> None:
-    """Print digests by folder, which of UNWANTED is there, and what a compiled function gives."""
+    """Print digests by folder, which of UNWANTED is there, and whether torch's compiler and accelerate do their work afterwards."""
     lean_imports.wanted = True
     lean_imports.leave_out_unused()
     found = {folder: digests_of(folder) for folder in sys.argv[1:]}
@@ -51,5 +51,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.remove(str(Path(__file__).parent))  # what runs a command has no tests to import
+    sys.path.remove(str(Path(__file__).parent))  # a command does not have tests/ on its path
     main()

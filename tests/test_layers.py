@@ -199,7 +199,7 @@ def test_neither_torch_nor_transformers_is_loaded(code):
 
 
 def test_that_test_can_fail():
-    assert loaded_by("import torch") == {"torch"}
+    assert loaded_by("import torch, transformers") == {"torch", "transformers"}
 
 
 @pytest.fixture(scope="module")

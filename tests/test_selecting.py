@@ -7,21 +7,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from throughline.dictionaries import selecting
+from throughline.dictionaries import kernels, selecting
 from throughline.dictionaries.selecting import keep_top
 
+LOOKED_FOR = selecting.KERNELS  # before a test puts something else there
 NUMBERS = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, np.inf, -np.inf, 1e-38, 1e-45, 3e38]), st.floats(-10, 10, width=32)
 )
 
 
-@pytest.fixture(autouse=True, scope="module", params=["sys", "no module of this name"], ids=["compiled", "of few"])
+@pytest.fixture(
+    autouse=True, scope="module", params=[kernels.__name__, "no module of this name"], ids=["compiled", "of few"]
+)
 def _both_ways(request):
     """Every test for the compiled loops, and for what takes their place where there are few entries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selecting, "KERNELS", request.param)
         patch.setattr(selecting, "FEW_ENTRIES", 2**30)
         yield
+
+
+def test_what_is_looked_for_is_the_module_of_the_compiled_loop():
+    assert kernels.__name__ == LOOKED_FOR
+
+
+def test_both_ways_agree_to_the_bit_also_where_numbers_are_missing():
+    pre_NF = torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
+    pre_NF[::7, 3], pre_NF[::5, 9] = torch.nan, -0.0
+    few, compiled = selecting._keep_top_of_few(pre_NF, 5), selecting._keep_top_compiled(pre_NF, 5)
+    assert torch.equal(few.view(torch.int32), compiled.view(torch.int32))
 
 
 def sorted_top(pre_NF: np.ndarray, k: int) -> np.ndarray:

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.xdist_group("side_by_side"),
     pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are found by what Linux tells of them"),
 ]
-LONG = {"tokens": 40_000, "batch_tokens": 64}  # seconds rather than milliseconds of training
+LONG = {"tokens": 80_000, "batch_tokens": 64, "checkpoint_minutes": 0}  # seconds rather than milliseconds of training
 MADE = ("*.safetensors", "*.parquet", "quality.json")
 
 
@@ -56,10 +56,20 @@ def weights_of(hashes: dict[str, str]) -> dict[str, str]:
 
 def children(pid: int | str = "self") -> list[int]:
     """The model processes that a process has started."""
-    found = [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
-    return [child for child in found if b"model_process" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in _children(pid) if b"model_process" in _read(Path(f"/proc/{child}/cmdline"))]
+
+
+def _children(pid: int | str) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task")
+    return [int(child) for task in tasks.iterdir() for child in _read(task / "children").split()]
+
+
+def _read(path: Path) -> bytes:
+    """What lies there; nothing if the process, or the thread, is gone."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
@@ -95,18 +105,20 @@ def test_the_same_files_as_one_after_another(one_after_another, tmp_path):
     assert RunDir.open(tmp_path / "run").info().seconds == noted
 
 
-def test_a_model_process_that_is_killed_is_made_up_for(one_after_another, tmp_path):
+def test_model_processes_that_are_killed_are_made_up_for(one_after_another, tmp_path):
     said: list[str] = []
 
     def kill() -> None:
-        wait_for(lambda: list((tmp_path / "run" / "progress").glob("*.json")))  # one of them trains
-        os.kill(wait_for(children)[0], signal.SIGKILL)
+        wait_for(lambda: list((tmp_path / "run").glob("models/*/checkpoints/*/state.safetensors")))
+        for child in children():
+            os.kill(child, signal.SIGKILL)
 
     killing = Thread(target=kill)
     killing.start()
     api.train(write(tmp_path, training=LONG), tmp_path / "run", device="cpu", say=said.append)
     killing.join()
     assert [line for line in said if "its process was ended (out of memory, or killed)" in line]
+    assert [line for line in said if "going on from step" in line]
     assert hashes_of(tmp_path / "run") == weights_of(one_after_another)
 
 

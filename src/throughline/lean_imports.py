@@ -1,7 +1,7 @@
-"""What of torch and transformers a process needs that only reads one model on one device, and nothing of the rest.
+"""What of torch and transformers a process needs whose models each run on one device, and nothing of the rest.
 
-transformers imports, for any model, all that some model or some way of running one may need. In a process that is ours alone and
-runs nobody else's code (commands, a server's worker, workers of `executors`) three things are done before it is imported:
+transformers imports, for any model, all that some model or some way of running one may need. In a process of ours
+(a command, a server's worker, a model process, a worker of Ray that trains on one device) three things are done before that:
 
     1. its probes for accelerate, scipy and torch.distributed are asked while these are hidden, and keep their answer: a model on
        one device is run as where they are not installed
@@ -9,7 +9,9 @@ runs nobody else's code (commands, a server's worker, workers of `executors`) th
        compiled; marks that functions are given for it are kept until then
     3. what each of its 3,000 files of models exports is read once, not twice
 
-None of them changes what a forward pass computes. Where another version of either library has none of it, nothing is done.
+None of them changes what a forward pass computes. A plug-in that such a process loads finds torch's compiler and accelerate as
+ever, but is told by transformers that accelerate and torch.distributed are missing. Where another version of either library has none of
+it, nothing is done.
 """
 
 import importlib

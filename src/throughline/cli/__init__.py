@@ -12,7 +12,7 @@ from typing import NoReturn
 
 STOPPED = 130
 OBJECTS_BETWEEN_COLLECTIONS = 50_000  # where Python has 700: nearly all that imports make stays
-READING = ("trace", "compare")  # commands whose seconds are mostly imports
+MOSTLY_IMPORTS = ("trace", "compare")  # commands whose seconds are mostly imports
 USER_CAN_MEND = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS}
 
 
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
     if arguments is None:  # a process of ours alone
         lean_imports.wanted = True
-        if len(sys.argv) > 1 and sys.argv[1] in READING:
+        if len(sys.argv) > 1 and sys.argv[1] in MOSTLY_IMPORTS:
             gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

@@ -13,12 +13,12 @@ KERNELS = "throughline.dictionaries.kernels"
 def keep_top(pre_NF: Float[Tensor, "N F"], k: int) -> Float[Tensor, "N F"]:
     """`pre_NF` with the k largest positive entries of each row kept and all else zero; of equal ones the first. NaN stays NaN.
 
-    On a CPU, for float32, by a compiled loop; the same of torch's functions for few entries where nothing compiled is loaded yet.
+    On a CPU, for float32, by a compiled loop; by torch's functions, with the same result, if it is not loaded and entries are few.
     Elsewhere, and where a gradient is wanted, torch's `topk`, which among equals keeps any.
     """
     if pre_NF.device.type == "cpu" and pre_NF.dtype == torch.float32 and not pre_NF.requires_grad:
-        is_worth_it = KERNELS in sys.modules or pre_NF.numel() > FEW_ENTRIES
-        return _keep_top_compiled(pre_NF, k) if is_worth_it else _keep_top_of_few(pre_NF, k)
+        use_compiled = KERNELS in sys.modules or pre_NF.numel() > FEW_ENTRIES
+        return _keep_top_compiled(pre_NF, k) if use_compiled else _keep_top_of_few(pre_NF, k)
     values, features = pre_NF.topk(min(k, pre_NF.shape[1]), dim=1, sorted=False)
     return torch.zeros_like(pre_NF).scatter_(1, features, values.relu())
 

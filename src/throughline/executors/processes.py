@@ -25,8 +25,14 @@ NARROW = 256  # d_model below which one core is enough for a product
 END_SECONDS = 5.0  # that a process gets to end by itself
 MOST_LOSSES = 3  # of processes with one model, which then seems to be what kills them
 MODEL_PROCESS = "throughline.executors.model_process"
-# Libraries that would otherwise each start a thread for every core, which wait for one another by turning round
-POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+# Each of these libraries would start a thread per core, and threads that wait spin, which takes the cores from other processes.
+THREAD_COUNT_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "RAYON_NUM_THREADS",
+    "POLARS_MAX_THREADS",
+)
 Message = Mapping[str, Any]
 
 
@@ -132,7 +138,7 @@ class _Process:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env=os.environ | dict.fromkeys(POOLS, str(threads)),
+            env=os.environ | dict.fromkeys(THREAD_COUNT_VARIABLES, str(threads)),
         )
         self.model = ""
         self._events, self._ended = events, False

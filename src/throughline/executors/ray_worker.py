@@ -22,18 +22,18 @@ def train(
     root: str, model: str, layers: list[int], attempt: int, cpus: float, ranks: "Ranks | None" = None
 ) -> tuple[list[str], str | None]:
     """Train one job. What it had to say, and why it failed, if it did."""
-    lean_imports.wanted = ranks is None  # ranks need what one device does not
-    lean_imports.leave_out_unused()
-    import ray
-    import torch
-
-    from throughline.jobs import Job, train_job
-    from throughline.run_dir import RunDir
-    from throughline.session import Session
-    from throughline.training.ranks import ALONE
-
     said: list[str] = []
     try:
+        lean_imports.wanted = ranks is None  # ranks need torch.distributed
+        lean_imports.leave_out_unused()
+        import ray
+        import torch
+
+        from throughline.jobs import Job, train_job
+        from throughline.run_dir import RunDir
+        from throughline.session import Session
+        from throughline.training.ranks import ALONE
+
         torch.set_num_threads(max(1, int(cpus)))
         gpus = ray.get_gpu_ids()
         session = Session(RunDir.open(root), "cuda" if gpus else "cpu", said.append)

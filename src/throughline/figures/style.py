@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ DIVERGING_STOPS = ("#0b4f9c", "#5b9bd5", "#c9c9c4", "#f0a04b", "#b34700")
 MODEL_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#6a51a3", "#7f7f7f")  # Okabe and Ito
 MODEL_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MISSING_COLOR = "#c8c8c8"
-PNG_DPI = 150
+IMAGE_DPI = 150  # of the png, and of images within the others
 SMALL, NORMAL, LARGE = 7.0, 8.5, 10.5  # points
 
 _SETTINGS: dict[Any, Any] = {
@@ -121,23 +120,26 @@ def save_figure(figure: "Figure", stem: Path) -> list[Path]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     written, engine, dpi = [], figure.get_layout_engine(), figure.dpi
-    with styled(), warnings.catch_warnings():
-        # A token in a script that the font lacks shows as a box, as it would in an editor.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.dpi = PNG_DPI
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # places are in inches: all files have the same
-        for kind, print_to in (
-            ("png", partial(FigureCanvasAgg(figure).print_png, metadata={"Software": None})),
-            ("svg", partial(FigureCanvasSVG(figure).print_svg, metadata={"Date": None})),
-            ("pdf", partial(FigureCanvasPdf(figure).print_pdf, metadata={"CreationDate": None})),
-        ):
-            # Not with_suffix: a model name may have a dot in it.
-            path = stem.with_name(f"{stem.name}.{kind}")
-            with replacing(path) as temporary:
-                print_to(temporary)
-            written.append(path)
-    FigureCanvasAgg(figure)  # a canvas makes itself the figure's
-    figure.set_layout_engine(engine)
-    figure.dpi = dpi
+    try:
+        with styled(), warnings.catch_warnings():
+            # A token in a script that the font lacks shows as a box, as it would in an editor.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure.dpi = IMAGE_DPI
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # places are in inches: all files have the same
+            for kind, canvas, metadata in (
+                ("png", FigureCanvasAgg, {"Software": None}),
+                ("svg", FigureCanvasSVG, {"Date": None}),
+                ("pdf", FigureCanvasPdf, {"CreationDate": None}),
+            ):
+                figure.dpi = IMAGE_DPI  # printing changes it
+                # Not with_suffix: a model name may have a dot in it.
+                path = stem.with_name(f"{stem.name}.{kind}")
+                with replacing(path) as temporary:
+                    getattr(canvas(figure), f"print_{kind}")(temporary, metadata=metadata)
+                written.append(path)
+    finally:
+        FigureCanvasAgg(figure)  # a canvas makes itself the figure's
+        figure.set_layout_engine(engine)
+        figure.dpi = dpi
     return written

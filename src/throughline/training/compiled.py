@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401 - numba's products are its, and what is not loaded yet cannot be limited
+import scipy.linalg.cython_blas  # noqa: F401 - numba multiplies with its BLAS, and only what is loaded can be limited
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
