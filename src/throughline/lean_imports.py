@@ -10,8 +10,8 @@ transformers imports, for any model, all that some model or some way of running 
     3. what each of its 3,000 files of models exports is read once, not twice
 
 None of them changes what a forward pass computes. A plug-in that such a process loads finds torch's compiler and accelerate as
-ever, but is told by transformers that accelerate and torch.distributed are missing. Where another version of either library has none of
-it, nothing is done.
+ever, but is told by transformers that accelerate and torch.distributed are missing. Where another version of either library has
+none of it, nothing is done.
 """
 
 import importlib
