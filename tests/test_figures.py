@@ -1,8 +1,10 @@
 """Each figure shows the numbers of its record, at any size, and is saved to the same bytes every time."""
 
+import re
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from throughline.figures.comparison import draw_comparison
 from throughline.figures.curves import half_life
 from throughline.figures.matches import GRID, best_matches, share_at_least
 from throughline.figures.ribbons import MOST_BANDS, Flow, band_members
-from throughline.figures.style import color_limits
+from throughline.figures.style import color_limits, new_figure
 from throughline.figures.trace import EDGES_OF_A_BOUNDARY, effect_of, find_lines, place_dots
 from throughline.figures.trace_words import representative
 from throughline.figures.transfer import block_matrix, varies_by
@@ -140,6 +142,16 @@ def test_every_registered_figure_saves_png_svg_and_pdf_with_the_same_bytes(name:
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.suffix
     assert len(list(first[0].parent.iterdir())) == 3  # nothing temporary is left
+
+
+def test_images_have_the_same_resolution_in_every_file(tmp_path: Path):
+    figure = new_figure(3, 2)
+    figure.subplots().imshow(np.arange(6.0).reshape(2, 3), interpolation="nearest")
+    _, svg, pdf = save_figure(figure, tmp_path / "a")
+    in_svg = re.findall(r"data:image/png;base64,\s*([^\"]+)", svg.read_text())
+    widths = [int.from_bytes(b64decode(image)[16:20], "big") for image in in_svg]
+    assert len(widths) == 1 and widths[0] > 150  # of 3 inches at 150 dpi
+    assert [int(width) for width in re.findall(rb"/Width (\d+)", pdf.read_bytes())] == widths
 
 
 def test_quality_draws_every_layer_of_every_model_by_relative_depth_and_the_gate():
