@@ -139,14 +139,15 @@ def test_training_goes_on_twice(tmp_path):
 
 
 def test_a_checkpoint_holds_everything(tmp_path):
-    """Weights, moments, counters, scale, penalty, thresholds; step and cursor in its header. No random numbers."""
+    """Weights, moments, counters, scale, penalty, thresholds, limits of sinks; step and cursor in its header. No random numbers."""
     keeping = Keeping(tmp_path)
     run({0: SPECS["batch_topk"], 1: SPECS["batch_topk"]}, keeping)
     path = keeping.kept[2] / module.FILE
     names = {name.partition("/")[2] for name in load_file(path)}
     trained = {"W_enc", "b_enc", "W_dec", "b_dec"}
     assert names == trained | {f"{n}.{m}" for n in trained for m in "mv"} | {
-        *("threshold", "num_batches", "target_l0", "penalty", "log_l0", "mean", "scale", "idle")
+        *("threshold", "num_batches", "target_l0", "penalty", "log_l0", "mean", "scale", "idle"),
+        *("norm", "left_out"),  # of sinks
     }
     found = Checkpoints(keeping.kept[2], KEY, 1).load()
     assert found is not None and (found.step, found.cursor) == (21, Cursor(3, 1, 44))

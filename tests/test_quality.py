@@ -10,6 +10,7 @@ from torch import Tensor
 
 from builders import CONTEXT, identity_dictionary, random_dictionary, random_documents, tiny_model, word_pieces
 from throughline.dictionaries import Dictionary
+from throughline.harvesting import harvest
 from throughline.models import LanguageModel
 from throughline.quality import evaluate, failed_conditions, measure_means
 from throughline.records import LayerQuality
@@ -84,8 +85,12 @@ def residual_alone(model: LanguageModel, ids: np.ndarray, layer: int) -> Tensor:
 def oracle(model: LanguageModel, one: Dictionary, layer: int, pieces: list[Piece]) -> dict:
     """All measures of one layer, text by text and token by token, in float64."""
     texts = [residual_alone(model, p.ids, layer) for p in pieces]
-    kept = [(x, t, p) for p, x_TD in zip(pieces, texts, strict=True) for t, x in enumerate(x_TD) if not p.special[t]]
+    whole = [(x, t, p) for p, x_TD in zip(pieces, texts, strict=True) for t, x in enumerate(x_TD) if not p.special[t]]
+    kept = [(x, t, p) for x, t, p in whole if x.norm() <= one.sink_norm]
     x_ND = torch.stack([x for x, _, _ in kept])
+    all_ND = torch.stack([x for x, _, _ in whole])
+    all_error_ND = (all_ND - replace(one, sink_norm=torch.inf).reconstruct(all_ND)).double()
+    all_variance = (all_ND.double() - all_ND.double().mean(0)).square().sum()
     f_NF, x_hat_ND = one.encode(x_ND).numpy(), one.reconstruct(x_ND).double().numpy()
     x_ND = x_ND.double().numpy()
     mean_D = x_ND.mean(0)
@@ -104,6 +109,8 @@ def oracle(model: LanguageModel, one: Dictionary, layer: int, pieces: list[Piece
     density_F = (f_NF > 0).mean(0)
     measures = {
         "num_tokens": len(x_ND),
+        "num_sinks": len(whole) - len(kept),
+        "fvu_with_sinks": float(all_error_ND.square().sum() / all_variance),
         "fvu": sum(residual) / sum(variance),
         "fvu_by_position": [r / v for r, v in bins],
         "fvu_within_kind": sum(residual) / within,
@@ -125,7 +132,7 @@ def splice_oracle(
     sums, answered, wrong = defaultdict(float), set(), defaultdict(set)
     for p, x_TD in zip(pieces, texts, strict=True):
         replacements = {"sae": one.reconstruct(x_TD), "zero": 0 * x_TD, "mean": mean_D.expand_as(x_TD)}
-        special_T1 = torch.from_numpy(p.special)[:, None]
+        special_T1 = (torch.from_numpy(p.special) | (x_TD.norm(dim=1) > one.sink_norm))[:, None]
         logits = {"clean": logits_alone(model, p.ids)}
         for way, new_TD in replacements.items():
             logits[way] = logits_alone(model, p.ids, layer, torch.where(special_T1, x_TD, new_TD))
@@ -176,9 +183,13 @@ def assess(model: LanguageModel, one: Dictionary | dict, rows: TokenRows, gate: 
     return evaluate(model, one if isinstance(one, dict) else {1: one}, rows, rows, gate)[0]
 
 
-@pytest.mark.parametrize("k", [None, 6])
-def test_every_measure_is_the_oracles(model, rows, pieces, k):
+@pytest.mark.parametrize(("k", "share_of_sinks"), [(None, 0), (6, 0), (6, 0.05)])
+def test_every_measure_is_the_oracles(model, rows, pieces, k, share_of_sinks):
     dictionaries = {layer: close_dictionary(model, rows, layer, k) for layer in LAYERS}
+    if share_of_sinks:
+        [(_, x_LND)] = harvest(model, [rows], LAYERS)
+        limits = x_LND.norm(dim=2).quantile(1 - share_of_sinks, dim=1).tolist()
+        dictionaries = {a: replace(d, sink_norm=n) for (a, d), n in zip(dictionaries.items(), limits, strict=True)}
     found = evaluate(model, dictionaries, rows, rows, OPEN_GATE)
     assert [quality.layer for quality in found] == list(LAYERS)
     for quality in found:
@@ -188,6 +199,7 @@ def test_every_measure_is_the_oracles(model, rows, pieces, k):
         )
         for name, value in expected.items():
             assert getattr(quality, name) == pytest.approx(value, rel=2e-3, abs=2e-5), name
+        assert (quality.num_sinks > 0) == (share_of_sinks > 0)
         assert 0 < quality.fvu < 1 and 0 < quality.dead < 1 and quality.num_answers >= 8
         assert quality.fvu < quality.fvu_within_kind  # the mean of each kind is given away
 
@@ -225,7 +237,7 @@ def test_zero_dictionary_is_zero_ablation(model, rows):
 
 def test_mean_dictionary_is_mean_ablation(model, rows):
     one = identity_dictionary(model.d_model)
-    mean_D = measure_means(model, [1], rows)[0]
+    mean_D = measure_means(model, {1: one}, rows)[0]
     quality = assess(model, replace(one, W_enc=0 * one.W_enc, b_dec=mean_D), rows)
     assert quality.fvu == pytest.approx(1, abs=1e-5)
     assert quality.ce_loss_score_mean == pytest.approx(0, abs=1e-5)

@@ -23,7 +23,7 @@ from throughline.training.sparsity import SparsityController
 from throughline.transfer.maps import Affine
 
 D, F = 8, 12
-DICTIONARY = random_dictionary(D, F)
+DICTIONARY, WIDE = random_dictionary(D, F), random_dictionary(16, F)  # WIDE for `tiny_model`
 TESTS = Path(__file__).parent
 
 
@@ -67,7 +67,7 @@ def test_a_wrong_shape_returned_fails_with_the_functions_name(monkeypatch):
 
 
 def test_right_shapes_pass():
-    means_LD = measure_means(tiny_model(), [0, 1], rows())
+    means_LD = measure_means(tiny_model(), {0: WIDE, 1: WIDE}, rows())
     assert means_LD.ndim == 2 and predicted_tokens(rows()).any()
     assert DICTIONARY.reconstruct(torch.zeros(3, D)).shape == (3, D)
 

@@ -157,7 +157,7 @@ def test_overrides_survive_the_study_file():
 
 def test_metadata_says_where_a_dictionary_comes_from():
     trained = run(planted_layers(320), {4: TOPK, 9: SPECS["batch_topk"]}, seed=3, epochs=2)
-    common = {"model_name": "planted", "training_tokens": 640, "seed": 3}
+    common = {"model_name": "planted", "training_tokens": 640, "seed": 3, "sink_tokens_left_out": 0}
     assert trained[4].metadata == common | {"layer": 4, "training_architecture": "topk"}
     assert trained[9].metadata == common | {"layer": 9, "training_architecture": "batch_topk"}
     assert (trained[4].architecture, trained[4].options) == ("topk", {"k": 2})

@@ -1,6 +1,7 @@
 """A text as a model's dictionaries read it: which features are active at which token, for every layer, sparse.
 
-Feature statistics, labels and transfer are all computed from codes, so each text passes through the model once.
+Feature statistics, labels and transfer are all computed from codes, so each text passes through the model once. A token that is
+an attention sink at any of the layers is in none of them: what relates layers needs the same tokens everywhere.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from throughline.tokens import TokenRows
 
 @dataclass(frozen=True)
 class Codes:
-    """The kept tokens of a text, N of them in reading order, and their features by layer as a sparse [N, F] matrix.
+    """The kept tokens of a text but for sinks, N of them in reading order, and their features by layer as a sparse [N, F] matrix.
 
     `documents_N` numbers the documents, `starts_N` and `ends_N` are characters, `kinds_N` index TOKEN_KINDS, `roles_N` are
     kinds told apart by the part of the text (`records.role_of`).
@@ -88,19 +89,25 @@ def encode_text_with(
         for layer, d in dictionaries.items()
     }
 
-    def read(batch: TokenRows) -> tuple[dict[tuple[int, int], sp.csr_array], np.ndarray | None]:
+    def read(batch: TokenRows) -> tuple[dict[tuple[int, int], sp.csr_array], np.ndarray, np.ndarray | None]:
         [(_, x_LND)] = harvest(model, [batch], layers)
+        each = zip(sets[0].values(), x_LND, strict=True)
+        sink_N = torch.stack([dictionary.is_sink(x_ND) for dictionary, x_ND in each]).any(0)
+        if sink_N.any():
+            x_LND = x_LND[:, ~sink_N]
         found = {
             (which, layer): encode_csr(sets[which][layer], x_LND[layers.index(layer)]) for which, layer in matrices
         }
-        return found, x_LND.cpu().numpy() if keep_residuals else None
+        return found, sink_N.cpu().numpy(), x_LND.cpu().numpy() if keep_residuals else None
 
-    num_rows, residuals = max(1, tokens_of_a_pass(model) // max(1, rows.width)), []
+    num_rows, residuals, sinks = max(1, tokens_of_a_pass(model) // max(1, rows.width)), [], []
     with quiet_transformers():
-        for found, x_LND in spread(read, rows.batches(num_rows), model.device):
+        for found, sink_N, x_LND in spread(read, rows.batches(num_rows), model.device):
             for place, part in found.items():
                 matrices[place].add(part)
             residuals.append(x_LND)
+            sinks.append(sink_N)
+    rows = rows.without(np.concatenate(sinks)) if sinks else rows
     order = reading_order(rows)
     ordered = dict(zip(matrices, spread(lambda m: m.take(order), matrices.values(), torch.device("cpu")), strict=True))
     first, *others = (

@@ -4,12 +4,15 @@ Import: read and fold into our convention -> check width and place -> probe and 
 Export: refuse what the format cannot hold -> write every layer -> for the hub, a model card.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from throughline.dictionaries import Dictionary, load_dictionary, save_dictionary
@@ -22,9 +25,12 @@ from throughline.pipeline.training import require_layers
 from throughline.records import LayerQuality
 from throughline.run_dir import IMPORTED, RunDir, digest_key
 from throughline.session import Session
+from throughline.sinks import find_sink_norm
 from throughline.study import folder_name
 from throughline.text import read_documents
 from throughline.tokens import stream_rows
+
+HELDOUT_TOKENS = 4096  # that an imported dictionary is looked at with: sinks are a few in a thousand
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ def import_dictionary(session: Session, path: Path, model: str | None, layer: in
     metadata = said | place_of(session, spec, layer) | {"imported_from": format_name}
     dictionary = replace(dictionary.to(str(session.device)), metadata=metadata)
     x_ND = _heldout_activations(session, spec.name, layer)
+    if not math.isfinite(dictionary.sink_norm):
+        dictionary = replace(dictionary, sink_norm=find_sink_norm(x_ND))
     run, step = session.run, f"train/{spec.name}/{layer}"
     with run.step(step, IMPORTED + _digest(dictionary)) as files:
         run.remove_twins(spec.name, layer)
@@ -73,6 +81,7 @@ def import_dictionary(session: Session, path: Path, model: str | None, layer: in
         files += [f"{run.layer_name(spec.name, layer)}/{name}" for name in names]
     run.forget(f"evaluate/{spec.name}")
     run.storage.remove(f"{run.layer_name(spec.name, layer)}/quality.json")
+    x_ND = x_ND[~dictionary.is_sink(x_ND)]
     x_hat_ND = dictionary.reconstruct(x_ND)
     return ImportedDictionary(
         spec.name,
@@ -129,10 +138,11 @@ def _heldout_activations(session: Session, name: str, layer: int) -> Tensor:
     rows = max(1, tokens_of_a_pass(session.model(name)) // context)
     documents = read_documents(data, "heldout", session.study.training.seed)
     batches = stream_rows(documents, session.model(name).tokenizer, context, rows, data.keep_special_tokens)
-    found = next(harvest(session.model(name), batches, [layer]), None)
-    if found is None:
+    some = islice(batches, max(1, HELDOUT_TOKENS // (rows * context)))
+    found = [x_LND[0] for _, x_LND in harvest(session.model(name), some, [layer])]
+    if not found:
         raise InputError(f"{data.path} has no held-out tokens, which the probe of a dictionary is made from")
-    return found[1][0]
+    return torch.cat(found)
 
 
 def _check_place(metadata: dict[str, Any], layer: int, path: Path) -> None:
@@ -155,7 +165,7 @@ def _check_place(metadata: dict[str, Any], layer: int, path: Path) -> None:
 def _digest(dictionary: Dictionary) -> str:
     tensors = [dictionary.W_enc, dictionary.b_enc, dictionary.W_dec, dictionary.b_dec, *dictionary.extra.values()]
     sums = [sha256(t.detach().cpu().contiguous().numpy().tobytes()).hexdigest() for t in tensors]
-    return digest_key(dictionary.architecture, dictionary.options, sums)
+    return digest_key(dictionary.architecture, dictionary.options, sums, dictionary.sink_norm)
 
 
 # ---- export

@@ -20,6 +20,7 @@ from throughline.dictionaries import save_dictionary
 from throughline.errors import InputError
 from throughline.harvesting import TextSource, tokens_of_a_pass
 from throughline.journals import Journal, open_journals
+from throughline.models.bos import adds_bos, bos_token
 from throughline.pipeline.steps import train_steps
 from throughline.progress import JobNotes
 from throughline.records import span
@@ -69,6 +70,7 @@ def train_job(session: Session, job: Job, report: Report, attempt: int = 1, rank
     training = study.training.model_copy(update={"tokens": num_tokens})
     if session.context(spec.name) < study.data.context:
         session.say(f"data.context {study.data.context} is {session.context(spec.name)} for {spec.name}")
+    session.say(f"{spec.name}: {_said_of_bos(session, spec)}")
     ignored = sorted({name for layer in layers for name in study.dictionary_for(spec).at_layer(layer).ignored})
     if ignored:
         session.say(f"{spec.name}: dictionary.{' and '.join(ignored)} is not read by this architecture")
@@ -299,12 +301,18 @@ def place_of(session: Session, spec: ModelSpec, layer: int) -> dict[str, Any]:
     }
 
 
+def _said_of_bos(session: Session, spec: ModelSpec) -> str:
+    tokenizer, wanted = session.model(spec.name).tokenizer, session.study.data.bos
+    begins = f"each text begins with {bos_token(tokenizer)}" if adds_bos(tokenizer) else "texts begin without BOS"
+    return begins + (", as the tokenizer has it" if wanted == "auto" else "")
+
+
 def _training_facts(session: Session, spec: ModelSpec) -> dict[str, Any]:
     """What it was trained on, in SAELens' words."""
     data = session.study.data
     return {
         "context_size": session.context(spec.name),
         "dataset_path": data.path if not data.path.startswith("/") else data.path.rpartition("/")[2],
-        "prepend_bos": session.model(spec.name).tokenizer.bos_token_id is not None,
+        "prepend_bos": adds_bos(session.model(spec.name).tokenizer),
         "exclude_special_tokens": not data.keep_special_tokens,
     }

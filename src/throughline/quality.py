@@ -5,11 +5,17 @@
     3. one pass as the model is, then for each layer the blocks after it with x_hat, zero and the mean in place of x: CE, KL,
        answers kept
 
+Attention sinks of a layer are counted and left out of all of it, the mean included; where something is put in the place of x they
+stay as they are. FVU over all tokens, sinks too, stands beside the one without them.
+
 CE recovered saturates (0.97 has been seen with three quarters of the answers lost), so it never stands alone.
 Names follow SAEBench core; `explained_variance_legacy` is its per-token form.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -49,7 +55,7 @@ def evaluate(
 ) -> list[LayerQuality]:
     """Quality of each layer's dictionary: reconstruction on `heldout`, spliced into the model on `spliced`."""
     layers = list(dictionaries)
-    means_LD = measure_means(model, layers, heldout)
+    means_LD = measure_means(model, dictionaries, heldout)
     sums = [_Sums(dictionaries[layer], means_LD[i]) for i, layer in enumerate(layers)]
     for rows, x_LND in harvest(model, heldout.batches(BATCH_ROWS), layers):
         positions, kinds = (torch.from_numpy(a[rows.keep].astype(np.int64)) for a in (rows.positions, rows.kinds))
@@ -89,13 +95,18 @@ def failed_conditions(measures: dict, dictionary: Dictionary, gate: GateSpec) ->
 
 
 @torch.no_grad()
-def measure_means(model: LanguageModel, layers: Sequence[int], rows: TokenRows) -> Float[Tensor, "L D"]:
-    """Mean residual stream of each layer over the kept tokens."""
-    total, count = torch.zeros(len(layers), model.d_model, dtype=torch.float64), 0
-    for _, x_LND in harvest(model, rows.batches(BATCH_ROWS), layers):
-        total += x_LND.double().sum(1).cpu()
-        count += x_LND.shape[1]
-    return (total / max(1, count)).float().to(model.device)
+def measure_means(
+    model: LanguageModel, dictionaries: Mapping[int, Dictionary], rows: TokenRows
+) -> Float[Tensor, "L D"]:
+    """Mean residual stream of each layer over the kept tokens that are no sinks there."""
+    total_LD = torch.zeros(len(dictionaries), model.d_model, dtype=torch.float64)
+    count_L1 = torch.zeros(len(dictionaries), 1)
+    for _, x_LND in harvest(model, rows.batches(BATCH_ROWS), list(dictionaries)):
+        for i, dictionary in enumerate(dictionaries.values()):
+            ordinary_ND = x_LND[i][~dictionary.is_sink(x_LND[i])]
+            total_LD[i] += ordinary_ND.double().sum(0).cpu()
+            count_L1[i] += len(ordinary_ND)
+    return (total_LD / count_L1.clamp_min(1)).float().to(model.device)
 
 
 class _Sums:
@@ -103,6 +114,7 @@ class _Sums:
 
     def __init__(self, dictionary: Dictionary, mean_D: Tensor):
         self.dictionary, self.mean_D = dictionary, mean_D
+        self.everywhere = replace(dictionary, sink_norm=math.inf)
         double = {"dtype": torch.float64, "device": mean_D.device}
         self.residual_bins = torch.zeros(NUM_POSITION_BINS, **double)
         self.variance_bins = torch.zeros(NUM_POSITION_BINS, **double)
@@ -111,8 +123,15 @@ class _Sums:
         self.scalars = dict.fromkeys(("legacy", "cossim", "ratio", "x_hat_square", "product"), 0.0)
         self.fired_F = torch.zeros(dictionary.d_sae, dtype=torch.int64, device=mean_D.device)
         self.count = 0
+        # of sinks, about the others' mean: how many, sum of x, of |x|^2 and of the squared error
+        self.num_sinks, self.sink_square, self.sink_residual = 0, 0.0, 0.0
+        self.sink_sum_D = torch.zeros(len(mean_D), **double)
 
     def add(self, x_ND: Tensor, bins_N: Tensor, kinds_N: Tensor) -> None:
+        sink_N = self.dictionary.is_sink(x_ND)
+        if sink_N.any():
+            self._add_sinks(x_ND[sink_N])
+            x_ND, bins_N, kinds_N = x_ND[~sink_N], bins_N[~sink_N], kinds_N[~sink_N]
         f_NF = self.dictionary.encode(x_ND)
         x_hat_ND = self.dictionary.decode(f_NF)
         centred_ND = x_ND - self.mean_D
@@ -132,13 +151,30 @@ class _Sums:
         self.fired_F += (f_NF > 0).sum(0)
         self.count += len(x_ND)
 
+    def _add_sinks(self, x_ND: Tensor) -> None:
+        centred_ND = (x_ND - self.mean_D).double()
+        self.num_sinks += len(x_ND)
+        self.sink_sum_D += centred_ND.sum(0)
+        self.sink_square += float(centred_ND.square().sum())
+        self.sink_residual += float((x_ND - self.everywhere.reconstruct(x_ND)).double().square().sum())
+
+    def _fvu_with_sinks(self, variance: float, residual: float) -> float:
+        """Over all tokens, about the mean of all."""
+        total = self.count + self.num_sinks
+        shift_D = self.sink_sum_D / max(1, total)  # of that mean; the others' deviations add up to zero
+        return (residual + self.sink_residual) / max(
+            variance + self.sink_square - total * float(shift_D.square().sum()), 1e-12
+        )
+
     def result(self) -> dict:
         n, variance, residual = self.count, float(self.variance_bins.sum()), float(self.residual_bins.sum())
         between_kinds = float((self.kind_sums.square().sum(1) / self.kind_counts.clamp_min(1)).sum())
         density_F = self.fired_F.double() / n
         return {
             "num_tokens": n,
+            "num_sinks": self.num_sinks,
             "fvu": residual / variance,
+            "fvu_with_sinks": self._fvu_with_sinks(variance, residual),
             "fvu_by_position": (self.residual_bins / self.variance_bins.clamp_min(1e-12)).tolist(),
             "fvu_within_kind": residual / max(variance - between_kinds, 1e-12),
             "explained_variance": 1 - residual / variance,
@@ -159,19 +195,23 @@ def _splice(
     ways: dict[tuple[int, str], Callable[[Tensor], Tensor]] = {}
     for mean_D, (layer, dictionary) in zip(means_LD, dictionaries.items(), strict=True):
         ways[layer, "sae"] = dictionary.reconstruct
-        ways[layer, "zero"] = torch.zeros_like
-        ways[layer, "mean"] = mean_D.expand_as
+        ways[layer, "zero"] = partial(_keep_sinks, dictionary, torch.zeros_like)
+        ways[layer, "mean"] = partial(_keep_sinks, dictionary, mean_D.expand_as)
     clean, spliced = _Spliced(), {way: _Spliced() for way in ways}
     for batch in rows.batches(batch_rows(model, rows, len(dictionaries))):
         unchanged = run_clean(model, batch, list(dictionaries))
         _score(clean, unchanged.log_p_BTV, None, batch)
-        for (layer, name), replace in ways.items():
-            log_p_BTV = run_spliced(model, batch, unchanged, layer, replace)
+        for (layer, name), replacement in ways.items():
+            log_p_BTV = run_spliced(model, batch, unchanged, layer, replacement)
             _score(spliced[layer, name], log_p_BTV, unchanged.log_p_BTV, batch)
     return {
         layer: _splice_measures(clean, *(spliced[layer, name] for name in ("sae", "zero", "mean")))
         for layer in dictionaries
     }
+
+
+def _keep_sinks(dictionary: Dictionary, replacement: Callable[[Tensor], Tensor], x_ND: Tensor) -> Tensor:
+    return torch.where(dictionary.is_sink(x_ND)[:, None], x_ND, replacement(x_ND))
 
 
 def _splice_measures(clean: _Spliced, with_sae: _Spliced, zeroed: _Spliced, averaged: _Spliced) -> dict:

@@ -93,7 +93,7 @@ class Session:
     def model(self, name: str) -> LanguageModel:
         """The language model called `name`."""
         if name not in self._models:
-            self._models[name] = open_model(self.study.model(name), self.device, self.say)
+            self._models[name] = open_model(self.study.model(name), self.device, self.say, self.study.data.bos)
         return self._models[name]
 
     def layers(self, spec: ModelSpec) -> list[int]:

@@ -225,6 +225,12 @@ class DataSpec(Section):
         lt=1,
         description="Share of the documents kept for evaluation. Which they are follows from their numbers alone.",
     )
+    bos: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether each piece of text begins with BOS: `auto`: as the tokenizer has it; or `always`, `never`. Where a "
+        "family has no BOS, its end of text stands there. Training, evaluation and traces do the same. BOS is an attention sink, "
+        "which is then a special token and not the first word.",
+    )
     keep_special_tokens: bool = Field(default=False, description="Whether activations of special tokens are used.")
 
 
@@ -250,6 +256,12 @@ class TrainingSpec(Section):
         default="auto",
         description="`auto`: products in `bfloat16` where the device multiplies it faster; or `float32`, `bfloat16`. Weights and "
         "optimizer are float32 in any case.",
+    )
+    sinks: Literal["leave_out", "keep"] = Field(
+        default="leave_out",
+        description="Attention sinks, tokens whose activations are out of all proportion: `leave_out` or `keep`. Left out, they "
+        "are no part of training nor of any figure, their activations stay as they are where a dictionary is spliced in, and the "
+        "quality table counts them; the limit is found for each layer and saved with its dictionary.",
     )
     seed: int = Field(
         default=0,

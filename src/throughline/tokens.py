@@ -8,7 +8,7 @@ so tokens of different tokenizers are matched where they end.
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -64,7 +64,7 @@ class TokenRows:
     documents: Int64[np.ndarray, "R T"]  # number of the document in the order given
     starts: Int32[np.ndarray, "R T"]  # characters of the document's text; special tokens have 0, 0
     ends: Int32[np.ndarray, "R T"]
-    special: Bool[np.ndarray, "R T"]  # a special token that is left out, or padding
+    special: Bool[np.ndarray, "R T"]  # a special token or a sink that is left out, or padding
     # of the answer, or the end of text after it, and not first in its piece: its prediction counts
     answers: Bool[np.ndarray, "R T"]
     kinds: Int8[np.ndarray, "R T"]  # index into TOKEN_KINDS; -1 where `special`
@@ -104,6 +104,15 @@ class TokenRows:
             used = np.flatnonzero((batch.pieces >= 0).any(axis=0))
             width = int(used[-1]) + 1 if used.size else 0
             yield batch._map(lambda name, array, width=width: array[:, :width])
+
+    def without(self, left_out_N: Bool[np.ndarray, "N"]) -> "TokenRows":
+        """The same rows, of whose kept tokens (row by row) some do not count."""
+        if not left_out_N.any():
+            return self
+        special, kinds = self.special.copy(), self.kinds.copy()
+        places = np.flatnonzero(self.keep)[left_out_N]
+        special.flat[places], kinds.flat[places] = True, -1
+        return replace(self, special=special, kinds=kinds)
 
     @staticmethod
     def concatenate(parts: Sequence["TokenRows"]) -> "TokenRows":
@@ -194,7 +203,11 @@ def _tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[list, list, list]
         verbose=False,  # no warning for a text longer than the model's context: it is cut afterwards
     )
     offsets = [_cover_composed(text, spans) for text, spans in zip(texts, encoded["offset_mapping"], strict=True)]  # type: ignore[arg-type]
-    return encoded["input_ids"], offsets, encoded["special_tokens_mask"]  # type: ignore[return-value]
+    found: Any = (encoded["input_ids"], offsets, encoded["special_tokens_mask"])
+    for ids, spans, added in zip(*found, strict=True):
+        if len(ids) > 1 and added[0] and not added[1] and ids[0] == ids[1]:  # a text that has BOS gets no second one
+            del ids[1], spans[1], added[1]
+    return found
 
 
 def _cover_composed(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

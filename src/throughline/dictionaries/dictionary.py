@@ -6,12 +6,13 @@ Saved weights take raw activations: scale and mean of training are folded in, de
 subtracted from the input (`apply_b_dec_to_input` is false). Features are in units of the residual stream.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from throughline.registry import ARCHITECTURES
@@ -32,7 +33,8 @@ class Dictionary:
     """The features of one layer. `options` are the architecture's own (k for topk).
 
     `extra` holds an architecture's further weights, each [F]: `threshold` (jumprelu), `r_mag` and `b_mag` (gated, whose
-    `b_enc` is the gate's bias).
+    `b_enc` is the gate's bias). A token whose norm is above `sink_norm` is an attention sink (`sinks.py`), of which it knows
+    nothing: no feature is active there, and its activation stays as it is.
     """
 
     architecture: str
@@ -43,6 +45,7 @@ class Dictionary:
     extra: dict[str, Float[Tensor, "F"]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    sink_norm: float = math.inf
 
     @property
     def d_model(self) -> int:
@@ -55,9 +58,16 @@ class Dictionary:
         return self.W_enc.shape[1]
 
     def encode(self, x_ND: Float[Tensor, "N {self.d_model}"]) -> Float[Tensor, "N {self.d_sae}"]:
-        """Features of activations, dense; zero where inactive."""
+        """Features of activations, dense; zero where inactive, and at sinks."""
         pre_NF = torch.addmm(self.b_enc, x_ND, self.W_enc)
-        return self._activate(pre_NF, self.options, {"b_enc": self.b_enc, **self.extra})
+        f_NF = self._activate(pre_NF, self.options, {"b_enc": self.b_enc, **self.extra})
+        if math.isfinite(self.sink_norm):
+            f_NF[self.is_sink(x_ND)] = 0
+        return f_NF
+
+    def is_sink(self, x_ND: Float[Tensor, "N {self.d_model}"]) -> Bool[Tensor, "N"]:
+        """Which activations are of attention sinks."""
+        return x_ND.float().norm(dim=1) > self.sink_norm
 
     def readers(self, features_C: Int[Tensor, "C"]) -> Float[Tensor, "C {self.d_model}"]:
         """For each of these features the direction of the residual stream whose product with a change is its activation's.
@@ -72,8 +82,14 @@ class Dictionary:
         return torch.addmm(self.b_dec, f_NF, self.W_dec)
 
     def reconstruct(self, x_ND: Float[Tensor, "N {self.d_model}"]) -> Float[Tensor, "N {self.d_model}"]:
-        """x_hat, chunk by chunk so that memory stays bounded."""
-        return torch.cat([self.decode(self.encode(x)) for x in self.chunks(x_ND)]) if len(x_ND) else x_ND.clone()
+        """x_hat, chunk by chunk so that memory stays bounded; sinks as they are."""
+        if not len(x_ND):
+            return x_ND.clone()
+        x_hat_ND = torch.cat([self.decode(self.encode(x)) for x in self.chunks(x_ND)])
+        if math.isfinite(self.sink_norm):
+            sink_N = self.is_sink(x_ND)
+            x_hat_ND[sink_N] = x_ND[sink_N].to(x_hat_ND)
+        return x_hat_ND
 
     def encode_sparse(self, x_ND: Float[Tensor, "N {self.d_model}"]) -> Sparse:
         """Active features of activations, chunk by chunk."""

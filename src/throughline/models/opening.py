@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from throughline.errors import InputError
+from throughline.models.bos import Bos, set_bos_
 from throughline.models.families import FAMILIES
 from throughline.models.gelu import fuse_gelu_
 from throughline.models.language_model import LanguageModel, check_layers, quiet_transformers
@@ -35,14 +36,17 @@ PICKLED = ("*.bin", "*.pt", "*.pth")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model")
 
 
-def open_model(spec: ModelSpec, device: str = "cpu", say: Callable[[str], None] = lambda line: None) -> LanguageModel:
+def open_model(
+    spec: ModelSpec, device: str = "cpu", say: Callable[[str], None] = lambda line: None, bos: Bos = "auto"
+) -> LanguageModel:
     """The model of `spec` on `device`. Safetensors only, no remote code; InputError, one line, for what is missing.
 
-    With random weights `say` is told what stands in for what.
+    `bos` is whether its tokenizer puts BOS in front of a text. With random weights `say` is told what stands in for what.
     """
     path, config = _find(spec)
     with _quiet():
         tokenizer = _find_tokenizer(path, spec, config)
+        set_bos_(tokenizer, bos, spec.name)
         if spec.weights == "trained":
             hf = _load_weights(path, spec, str(config["model_type"]))
         else:
@@ -53,11 +57,13 @@ def open_model(spec: ModelSpec, device: str = "cpu", say: Callable[[str], None] 
     return LanguageModel(spec.name, hf, tokenizer, device)
 
 
-def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
+def read_tokenizer(spec: ModelSpec, bos: Bos) -> PreTrainedTokenizerFast:
     """The tokenizer of `open_model`, without reading or making weights."""
     path, config = _find(spec)
     with _quiet():
-        return _find_tokenizer(path, spec, config)
+        tokenizer = _find_tokenizer(path, spec, config)
+        set_bos_(tokenizer, bos, spec.name)
+    return tokenizer
 
 
 def outline_model(spec: ModelSpec) -> PreTrainedModel:

@@ -20,15 +20,15 @@ def check_study(study: Study) -> dict[str, int]:
         depth, context, _ = check_model(spec)
         depths |= {spec.name: depth} if depth else {}
         for prompt in study.trace.prompts:
-            _check_prompt(spec, prompt, context)
+            _check_prompt(study, spec, prompt, context)
     for split in ("train", "heldout"):
         next(read_documents(study.data, split, study.training.seed))
     return depths
 
 
-def _check_prompt(spec: ModelSpec, prompt: str, context: int | None) -> None:
+def _check_prompt(study: Study, spec: ModelSpec, prompt: str, context: int | None) -> None:
     check_prompt(prompt)
-    num_tokens = len(encode_prompt(read_tokenizer(spec), prompt))
+    num_tokens = len(encode_prompt(read_tokenizer(spec, study.data.bos), prompt))
     if context is not None and num_tokens >= context:
         raise InputError(
             f"trace.prompts: {prompt[:40]!r}… has {num_tokens} tokens; {spec.name} sees {context} and needs at least one "

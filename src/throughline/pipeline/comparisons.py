@@ -77,7 +77,7 @@ def _check_prompts(session: Session, names: list[str], prompts: Sequence[Prompt]
     """Refuse, before any model is opened, what one of them cannot read."""
     for name in names:
         spec = session.study.model(name)
-        check_prompts(name, read_tokenizer(spec), check_model(spec)[1], prompts)
+        check_prompts(name, read_tokenizer(spec, session.study.data.bos), check_model(spec)[1], prompts)
 
 
 def _read_prompts(session: Session, name: str, prompts: list[str]) -> list[PromptReading]:

@@ -69,7 +69,7 @@ def count_models(
     for spec in study.models:
         check_model(spec)
         shape = measure_shape(spec)
-        tokens = count_tokens(study, read_tokenizer(spec), min(study.data.context, shape.context))
+        tokens = count_tokens(study, read_tokenizer(spec, study.data.bos), min(study.data.context, shape.context))
         layers = divide_layers(study, spec, shape.num_layers, manifest, imported(spec.name))
         counted.append(CountedModel(shape, tokens, layers))
     return counted

@@ -19,8 +19,10 @@ class LayerQuality(Record):
     architecture: str
     d_model: int
     d_sae: int
-    num_tokens: int
+    num_tokens: int  # ordinary ones, over which all is measured
+    num_sinks: int = 0  # attention sinks of this layer beside them, left out
     fvu: float
+    fvu_with_sinks: float | None = None  # over all tokens; None in quality tables of earlier versions
     fvu_by_position: list[float]  # first, second, … eighth of the context
     fvu_within_kind: float  # variance left after the mean of each kind of token is taken out
     explained_variance: float  # 1 - fvu

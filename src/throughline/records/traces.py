@@ -45,6 +45,7 @@ class LayerReading(Record):
     layer: int
     features: list[ActiveFeature]  # largest predicted effects first; then labelled ones that are not among these
     num_active: float  # features active per token, mean over the prompt
+    num_sinks: int = 0  # tokens that are attention sinks of this layer: of them there is error alone
     num_nodes: int  # of the layer in the graph: features whose value differs from "off"
     fvu: float  # of the dictionary on this prompt's tokens
     error_effect: float | None  # change of the answer score when the reconstruction error is left out at all positions

@@ -11,7 +11,7 @@ never sees, and switching off one of several redundant features with it often sh
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -65,16 +65,27 @@ def find_baseline(
     if against is not None and off not in (None, "counterfactual"):
         raise InputError(f"a prompt to compare against was given, which is no {off}; leave out one of them")
     if against is not None:
-        return _against(subject, against, f"its value in {against!r}")
-    if off in (None, "counterfactual"):
-        made = _make_counterfactual(subject)
-        if made is not None:
-            return made
-    if off == "counterfactual":
-        raise InputError(
-            f"no counterfactual can be made of {subject.prompt!r}; give one of as many tokens with --against, or take --off mean"
-        )
-    return _zero(subject) if off == "zero" else _mean(subject, role_means)
+        found = _against(subject, against, f"its value in {against!r}")
+    else:
+        found = _make_counterfactual(subject) if off in (None, "counterfactual") else None
+        if off == "counterfactual" and found is None:
+            raise InputError(
+                f"no counterfactual can be made of {subject.prompt!r}; give one of as many tokens with --against, "
+                "or take --off mean"
+            )
+        if found is None:
+            found = _zero(subject) if off == "zero" else _mean(subject, role_means)
+    return _leave_sinks(subject, found)
+
+
+def _leave_sinks(subject: Subject, baseline: Baseline) -> Baseline:
+    """The same in which sinks are what they are in the text: without them attention goes where it never goes."""
+    features, errors = dict(baseline.features), dict(baseline.errors)
+    for layer in subject.layers:
+        sink_T1 = subject.sinks_T(layer)[:, None]
+        features[layer] = torch.where(sink_T1, subject.clean.features[layer], features[layer])
+        errors[layer] = torch.where(sink_T1, subject.clean.errors[layer], errors[layer])
+    return replace(baseline, features=features, errors=errors)
 
 
 def _against(subject: Subject, prompt: str, words: str) -> Baseline:

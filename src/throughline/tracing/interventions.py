@@ -231,18 +231,17 @@ def keep_only(
     """The logits when at every traced layer features outside `kept` take the values `off`, and the errors are `errors`.
 
     Kept features are recomputed from what reaches them, never clamped: the stream after the last layer alone would otherwise
-    give the answer away. Special tokens stay as they are.
+    give the answer away. Special tokens and sinks stay as they are.
     """
-    kept_T = subject.kept_T[:, None]
 
     def edit_of(layer: int) -> Callable[[Tensor], Tensor]:
-        dictionary = subject.dictionaries[layer]
+        dictionary, ordinary_T = subject.dictionaries[layer], subject.ordinary_T(layer)[:, None]
 
         def edit(x_BTD: Tensor) -> Tensor:
             f_BTF = dictionary.encode(x_BTD.flatten(0, 1).float()).view(*x_BTD.shape[:2], -1)
             f_BTF = torch.where(kept[layer], f_BTF, off[layer])
             new_BTD = dictionary.decode(f_BTF.flatten(0, 1)).view(x_BTD.shape) + errors[layer]
-            return torch.where(kept_T, new_BTD.to(x_BTD.dtype), x_BTD)
+            return torch.where(ordinary_T, new_BTD.to(x_BTD.dtype), x_BTD)
 
         return edit
 

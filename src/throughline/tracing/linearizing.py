@@ -105,6 +105,6 @@ def feature_gradients(
 
 
 def stream_of(subject: Subject, baseline: Baseline, layer: int) -> Float[Tensor, "T D"]:
-    """The residual stream with all features and errors off; special tokens keep their own."""
+    """The residual stream with all features and errors off; special tokens and sinks keep their own."""
     off_TD = subject.dictionaries[layer].decode(baseline.features[layer]) + baseline.errors[layer]
-    return torch.where(subject.kept_T[:, None], off_TD, subject.clean.x[layer])
+    return torch.where(subject.ordinary_T(layer)[:, None], off_TD, subject.clean.x[layer])

@@ -114,13 +114,16 @@ def trace_prompt(
 
 @torch.no_grad()
 def _read_layer(inputs: TraceInputs, subject: Subject, graph: Graph, layer: int, shown: Shown) -> LayerReading:
-    kept_T, x_TD = subject.kept_T, subject.clean.x[layer][subject.kept_T]
-    error_TD, f_TF = subject.clean.errors[layer][kept_T], subject.clean.features[layer][kept_T]
+    read_T = subject.ordinary_T(layer)
+    x_TD, error_TD, f_TF = (
+        part[layer][read_T] for part in (subject.clean.x, subject.clean.errors, subject.clean.features)
+    )
     variance = float((x_TD - x_TD.mean(0)).square().sum())
     return LayerReading(
         layer=layer,
         features=[_describe(inputs, graph.layers[layer], i, shown) for i in range(len(shown.numbers))],
         num_active=float((f_TF > 0).sum(1).float().mean()),
+        num_sinks=int(subject.sinks_T(layer).sum()),
         num_nodes=len(graph.layers[layer].nodes),
         fvu=float(error_TD.square().sum()) / max(variance, 1e-12),
         error_effect=None if shown.effects is None else _measure_error(subject, layer),
@@ -130,7 +133,7 @@ def _read_layer(inputs: TraceInputs, subject: Subject, graph: Graph, layer: int,
 @torch.no_grad()
 def _measure_error(subject: Subject, layer: int) -> float:
     """Change of the answer score when the reconstruction takes the place of the stream."""
-    x_TD = subject.clean.x[layer] - subject.clean.errors[layer] * subject.kept_T[:, None]
+    x_TD = subject.clean.x[layer] - subject.clean.errors[layer] * subject.ordinary_T(layer)[:, None]
     suffix = subject.model.after(layer)
     inputs = suffix.inputs(torch.tensor([subject.answer.ids]))
     logits = suffix.run(inputs, edits={layer: lambda _: x_TD[None]}, at=subject.answer.read_P).logits

@@ -76,8 +76,16 @@ class Subject:
 
     @property
     def kept_T(self) -> Bool[Tensor, "T"]:
-        """Positions whose features are read."""
+        """Positions that are read."""
         return torch.from_numpy(self.roles >= 0).to(self.model.device)
+
+    def sinks_T(self, layer: int) -> Bool[Tensor, "T"]:
+        """Positions that are read and are attention sinks of a layer: all there is of them is error, and it stays as it is."""
+        return self.kept_T & self.dictionaries[layer].is_sink(self.clean.x[layer])
+
+    def ordinary_T(self, layer: int) -> Bool[Tensor, "T"]:
+        """Positions whose features are read at a layer."""
+        return self.kept_T & ~self.sinks_T(layer)
 
 
 def find_subject(

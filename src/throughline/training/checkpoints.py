@@ -20,6 +20,7 @@ from throughline.training.chunks import Cursor
 
 SAVING_SHARE = 0.02  # of the time may go into checkpoints, however often they are asked for
 FILE = "state.safetensors"
+FORM = 2  # of what it holds: 2 has the limits of attention sinks
 
 
 class Checkpoint(NamedTuple):
@@ -63,6 +64,9 @@ class Checkpoints:
                 f"checkpoint {self._path} is damaged ({next(iter(str(error).splitlines()), '')}); training begins anew"
             )
             return None
+        if header.get("form") != FORM:
+            self._say(f"checkpoint {self._path} is of another version; training begins anew")
+            return None
         if header["key"] != self._key:
             self._say(f"checkpoint {self._path} is of other settings; training begins anew")
             return None
@@ -80,7 +84,7 @@ class Checkpoints:
         """Replace the checkpoint."""
         started = time.monotonic()
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        header = {"key": self._key, "step": step, "cursor": list(cursor), "digest": _digest(tensors)}
+        header = {"form": FORM, "key": self._key, "step": step, "cursor": list(cursor), "digest": _digest(tensors)}
         with replacing(self._path) as temporary:
             save_file(tensors, temporary, metadata={"throughline": json.dumps(header)})
             self._check()

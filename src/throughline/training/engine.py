@@ -1,6 +1,6 @@
 """Train the dictionaries of all layers of a model from one source of activations.
 
-    1. fill a chunk; measure mean and scale of each layer on the first one; initialise
+    1. fill a chunk, without attention sinks; measure mean and scale of each layer on the first one; initialise
     2. every layer goes through the chunk in the same random order: centre and scale -> loss -> Adam -> unit decoder rows
     3. a checkpoint between chunks; the next chunk
     4. fold mean and scale into the weights
@@ -14,7 +14,7 @@ each, may go through this together (`ranks.py`), with the same result.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from throughline.training import compiled
 from throughline.training.checkpoints import Checkpoint, Checkpoints
 from throughline.training.chunks import Chunk, Cursor, read_chunks
 from throughline.training.compiled import CompiledTrainer
+from throughline.training.filtering import SinkFilter
 from throughline.training.group import Course, Group, NonFiniteLoss, seed_of
 from throughline.training.plain import PlainTrainer
 from throughline.training.precision import trains_in_bfloat16
@@ -130,6 +131,9 @@ def train(
             "set training.batch_tokens lower or give more text"
         )
     device = "cpu" if chunk is None else str(chunk.x_LCD.device)
+    sinks = _open_filter(found, chunk, list(specs), training, model)
+    if chunk is not None:
+        sinks.clean_(chunk)
     groups = (
         _restore(found, specs, training, device) if found else _make_groups(chunk, specs, training, num_layers, model)
     )
@@ -161,14 +165,16 @@ def train(
         step += steps
         following = chunk.following
         if checkpoints and ranks.rank == 0 and checkpoints.is_due() and step < num_steps:
-            checkpoints.save(step, following, _tensors(groups))
+            checkpoints.save(step, following, _tensors(groups) | sinks.tensors())
         chunk = next(chunks, None) if step < num_steps else None
+        if chunk is not None:
+            sinks.clean_(chunk)
     reporter.finish(step)
     for group in groups:
         group.moments = {}  # the dictionaries need the memory now
     folded: list[dict[int, Dictionary]] = [{} for _ in range(1 + training.ceiling_seeds)]
     for group in groups:
-        folded[group.twin] |= _fold(group, model, step, training)
+        folded[group.twin] |= _fold(group, model, step, training, sinks)
     return Trained(own=folded[0], twins=folded[1:])
 
 
@@ -190,6 +196,20 @@ def learning_rate(training: TrainingSpec, d_sae: int) -> float:
 # ---- groups
 
 
+def _open_filter(
+    found: Checkpoint | None, chunk: Chunk | None, layers: list[int], training: TrainingSpec, model: str
+) -> SinkFilter:
+    """What keeps sinks out: as the checkpoint has it, or from the first chunk."""
+    if found:
+        return SinkFilter(layers, training.seed, found.tensors["sinks/norm"], found.tensors["sinks/left_out"])
+    assert chunk is not None
+    for layer, x_CD in zip(layers, chunk.x_LCD, strict=True):
+        _check_finite(_mean_of(x_CD), layer, model)
+    if training.sinks == "keep":
+        return SinkFilter(layers, training.seed, torch.full((len(layers),), math.inf, dtype=torch.float64))
+    return SinkFilter.from_chunk(chunk, layers, training.seed)
+
+
 def _make_groups(
     chunk: Chunk | None, specs: dict[int, DictionarySpec], training: TrainingSpec, num_layers: int, model: str
 ) -> list[Group]:
@@ -197,7 +217,6 @@ def _make_groups(
     assert chunk is not None
     first_LND, groups = chunk.x_LCD, []
     mean_LD = torch.stack([_mean_of(x_ND) for x_ND in first_LND])
-    _check_finite(mean_LD, list(specs), model)
     scale_L = torch.stack([_scale_of(x_ND, mean_D) for x_ND, mean_D in zip(first_LND, mean_LD, strict=True)])
     for twin, ((name, d_sae, k), layers) in _in_order(specs, first_LND.shape[2], training):
         columns = [list(specs).index(layer) for layer in layers]
@@ -346,15 +365,14 @@ def _make_trainers(
     return ([CompiledTrainer(fast, course, torch.get_num_threads())] if fast else []) + trainers
 
 
-def _check_finite(mean_LD: Float[Tensor, "L D"], layers: list[int], model: str) -> None:
-    for layer, mean_D in zip(layers, mean_LD, strict=True):
-        if not mean_D.isfinite().all():  # one entry that is not finite makes its mean so
-            raise TrainingError(
-                f"{model} layer {layer}: its activations are not all finite; if its dtype is float16, try float32"
-            )
+def _check_finite(mean_D: Float[Tensor, "D"], layer: int, model: str) -> None:
+    if not mean_D.isfinite().all():  # one entry that is not finite makes its mean so
+        raise TrainingError(
+            f"{model} layer {layer}: its activations are not all finite; if its dtype is float16, try float32"
+        )
 
 
-def _fold(group: Group, model: str, steps: int, training: TrainingSpec) -> dict[int, Dictionary]:
+def _fold(group: Group, model: str, steps: int, training: TrainingSpec, sinks: SinkFilter) -> dict[int, Dictionary]:
     folded = {}
     for i, layer in enumerate(group.layers):
         metadata = {
@@ -363,8 +381,9 @@ def _fold(group: Group, model: str, steps: int, training: TrainingSpec) -> dict[
             "training_tokens": steps // training.passes * training.batch_tokens,
             "seed": training.seed,
             "training_architecture": group.architecture.name,
+            "sink_tokens_left_out": int(sinks.left_out_L[group.columns[i]]),
         }
-        folded[layer] = group.stack.fold(
+        dictionary = group.stack.fold(
             i,
             group.architecture,
             group.mean_LD[i],
@@ -372,6 +391,7 @@ def _fold(group: Group, model: str, steps: int, training: TrainingSpec) -> dict[
             group.options,
             metadata | ({"ceiling_seed": group.twin} if group.twin else {}),
         )
+        folded[layer] = replace(dictionary, sink_norm=float(sinks.norm_L[group.columns[i]]))
     return folded
 
 

@@ -14,6 +14,7 @@ All sums are float64 and streamed, so a pair of layers holds a few D x D matrice
 Chen et al. 2025 (arXiv 2506.06609), orthogonal the rotation of McCann 2026 (arXiv 2605.24577).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -63,7 +64,7 @@ def carry(dictionary: Dictionary, maps: Maps) -> Dictionary:
     """`dictionary` as one of the layer that `maps.down` comes from: it gives up(reconstruct(down(x))).
 
     W_enc' = A_down W_enc, b_enc' = b_enc + b_down W_enc, W_dec' = W_dec A_up, b_dec' = b_dec A_up + b_up. Its features are those of
-    the dictionary, in its units; its decoder rows have no unit norm.
+    the dictionary, in its units; its decoder rows have no unit norm. It knows no sinks: their norm is another one there.
     """
     (A_down, b_down), (A_up, b_up) = maps
     exact = {name: getattr(dictionary, name).to(A_down) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -78,7 +79,7 @@ def carry(dictionary: Dictionary, maps: Maps) -> Dictionary:
     # an architecture's own weights follow a shift of the pre-activations as they follow the mean that training took out
     fold = ARCHITECTURES.load(dictionary.architecture).fold
     extra = fold(dictionary.extra, torch.ones_like(dictionary.b_enc), 1.0, -pushed_F.to(dictionary.b_enc))
-    return replace(dictionary, **carried, extra=extra)
+    return replace(dictionary, **carried, extra=extra, sink_norm=math.inf)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from throughline.dictionaries.dictionary import Dictionary
 from throughline.dictionaries.formats.files import read_json, read_state_dict, take, write_json
-from throughline.dictionaries.formats.folding import biases_after_subtraction, fold
+from throughline.dictionaries.formats.folding import biases_after_subtraction, fold, read_sink_norm, sink_norm_of
 from throughline.errors import DamagedFileError, InputError
 from throughline.files import replacing
 
@@ -86,6 +86,7 @@ def read(folder: Path) -> Dictionary:
         subtracts_b_dec=kind.subtracts_b_dec,
         options={"k": _k(trainer, state, folder)} if kind.architecture == "topk" else {},
         metadata=_metadata(trainer, name, kind),
+        sink_norm=read_sink_norm(trainer, path),
     )
 
 
@@ -107,7 +108,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         "layer": dictionary.metadata.get("layer"),
         "lm_name": dictionary.metadata.get("model_name"),
         "submodule_name": dictionary.metadata.get("hf_hook_name"),
-    }
+    } | sink_norm_of(dictionary)
     if dictionary.architecture == "topk":
         trainer["k"] = dictionary.options["k"]
         state |= {"k": torch.tensor(trainer["k"], dtype=torch.int), "threshold": torch.tensor(-1.0)}

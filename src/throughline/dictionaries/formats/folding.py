@@ -13,6 +13,8 @@ and features n f / s, which are in units of the residual stream. Thresholds scal
 float64 and kept in float32.
 """
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from throughline.errors import DamagedFileError, InputError
 
 MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
 EXTRA = {"relu": (), "topk": (), "jumprelu": ("threshold",), "gated": ("r_mag", "b_mag")}
+SINK_NORM = "sink_norm"  # key: a token whose activation is longer is an attention sink (`sinks.py`)
 UNIT = 1e-6  # row norms this close to 1 are 1 in float32
 UNIFORM = 1e-2  # row norms this close to each other differ by the rounding of a half-precision file
 
@@ -38,6 +41,7 @@ def fold(
     ranked_by_decoder_norm: bool = False,
     options: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
+    sink_norm: float = math.inf,
 ) -> Dictionary:
     """A dictionary of ours from weights named as ours are (see the module's equations).
 
@@ -61,7 +65,21 @@ def fold(
         extra=extra,
         options=options or {},
         metadata=metadata or {},
+        sink_norm=sink_norm,
     )
+
+
+def sink_norm_of(dictionary: Dictionary) -> dict[str, float]:
+    """What a configuration says of attention sinks: nothing where a dictionary has no rule for them."""
+    return {SINK_NORM: dictionary.sink_norm} if math.isfinite(dictionary.sink_norm) else {}
+
+
+def read_sink_norm(config: dict[str, Any], path: Path) -> float:
+    """What `sink_norm_of` wrote; DamagedFileError if it is no norm."""
+    found = config.get(SINK_NORM, math.inf)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
+        raise DamagedFileError(f"{path} should have a number above 0 as {SINK_NORM}, found {found!r}")
+    return float(found)
 
 
 def biases_after_subtraction(dictionary: Dictionary) -> dict[str, Float[Tensor, "F"]]:

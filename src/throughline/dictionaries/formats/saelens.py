@@ -14,7 +14,7 @@ import torch
 
 from throughline.dictionaries.dictionary import Dictionary
 from throughline.dictionaries.formats.files import read_json, read_safetensors, take, write_json, write_safetensors
-from throughline.dictionaries.formats.folding import EXTRA, MATRICES, fold
+from throughline.dictionaries.formats.folding import EXTRA, MATRICES, SINK_NORM, fold, read_sink_norm, sink_norm_of
 from throughline.errors import DamagedFileError, InputError
 from throughline.registry import ARCHITECTURES
 
@@ -68,7 +68,9 @@ def read(folder: Path) -> Dictionary:
         scale=_input_scale(config, folder),
         ranked_by_decoder_norm=bool(config.get(RANKED, False)),
         options=_options(config, architecture, path),
-        metadata={"trained_with": "saelens"} | {k: v for k, v in said.items() if k != "sae_lens_version"},
+        metadata={"trained_with": "saelens"}
+        | {k: v for k, v in said.items() if k not in ("sae_lens_version", SINK_NORM)},
+        sink_norm=read_sink_norm(said, path),
     )
     for name, found in (("d_in", dictionary.d_model), ("d_sae", dictionary.d_sae)):
         if config.get(name, found) != found:
@@ -92,6 +94,7 @@ def config_of(dictionary: Dictionary) -> dict[str, Any]:
     trained_as = dictionary.metadata.get("training_architecture", name)
     metadata = {"sae_lens_training_version": None, "trained_with": "throughline"} | dictionary.metadata
     metadata["training_architecture"] = TRAINED_AS.get(trained_as, trained_as)
+    metadata |= sink_norm_of(dictionary)
     config = {
         "d_in": dictionary.d_model,
         "d_sae": dictionary.d_sae,

@@ -11,7 +11,7 @@ from typing import Any
 
 from throughline.dictionaries.dictionary import Dictionary
 from throughline.dictionaries.formats.files import read_json, read_safetensors, take, write_json, write_safetensors
-from throughline.dictionaries.formats.folding import biases_after_subtraction, fold
+from throughline.dictionaries.formats.folding import biases_after_subtraction, fold, read_sink_norm, sink_norm_of
 from throughline.errors import DamagedFileError, InputError
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -43,7 +43,15 @@ def read(folder: Path) -> Dictionary:
         ours["W_enc"] = ours["W_enc"].T.contiguous()
     metadata: dict[str, Any] = {"training_architecture": "topk", "trained_with": "sparsify", "hook_name": folder.name}
     where = f"the dictionary in {folder}"
-    return fold("topk", ours, where, subtracts_b_dec=True, options={"k": k}, metadata=metadata)
+    return fold(
+        "topk",
+        ours,
+        where,
+        subtracts_b_dec=True,
+        options={"k": k},
+        metadata=metadata,
+        sink_norm=read_sink_norm(config, path),
+    )
 
 
 def write(dictionary: Dictionary, folder: Path) -> list[str]:
@@ -66,5 +74,5 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         "d_in": dictionary.d_model,
     }
     write_safetensors(folder / WEIGHTS, tensors)
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config | sink_norm_of(dictionary))
     return [WEIGHTS, CONFIG]
