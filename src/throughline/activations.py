@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from throughline.dictionaries import Dictionary, save_dictionary
-from throughline.errors import InputError
+from throughline.errors import InputError, TrainingError
 from throughline.run_dir import digest_key
 from throughline.study import DictionarySpec, Section, TrainingSpec, folder_name, parse_study
 from throughline.training import Progress, train
@@ -58,7 +58,7 @@ def train_on_activations(
         key = digest_key(names, first.shape[2], spec.model_dump(), checked.model_dump(exclude=NOT_IN_KEY))
         checkpoints = Checkpoints(folders[0].parent / CHECKPOINT, key, checked.checkpoint_minutes, say)
     specs = {layer: spec.at_layer(layer) for layer in range(len(names))}
-    dictionaries = train(
+    trained = train(
         OnDevice(source, device),
         specs,
         checked,
@@ -67,13 +67,18 @@ def train_on_activations(
         report=report,
         say=say,
         checkpoints=checkpoints,
-    ).own
+    )
+    dictionaries = trained.own
     for layer, layer_name in enumerate(names):
+        if layer in trained.failed:
+            continue
         dictionaries[layer].metadata.update({"hook_name": layer_name})
         if folders:
             save_dictionary(dictionaries[layer], folders[layer], first[layer, :PROBE_TOKENS].to(device))
     if folders:
         shutil.rmtree(folders[0].parent / CHECKPOINT, ignore_errors=True)
+    if trained.failed:
+        raise TrainingError("; ".join(trained.failed.values()))
     return {layer_name: dictionaries[layer] for layer, layer_name in enumerate(names)}
 
 

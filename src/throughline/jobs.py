@@ -17,7 +17,7 @@ import torch
 
 from throughline.claims import Claim
 from throughline.dictionaries import save_dictionary
-from throughline.errors import InputError
+from throughline.errors import InputError, TrainingError
 from throughline.harvesting import TextSource, tokens_of_a_pass
 from throughline.journals import Journal, open_journals
 from throughline.models.bos import adds_bos, bos_token
@@ -80,11 +80,14 @@ def train_job(session: Session, job: Job, report: Report, attempt: int = 1, rank
         spans = ", ".join(span(block) for block in blocks)
         reason = "go on as they were begun" if begun else "do not fit into memory at once"
         session.say(f"{spec.name}: {len(layers)} layers {reason}; trained in blocks {spans}")
+    failures: list[str] = []
     for block in blocks:
         if ranks.rank == 0:
-            _train_block(session, spec, block, training, report, attempt, ranks)
+            failures += _train_block(session, spec, block, training, report, attempt, ranks)
         else:
             _help(session, spec, block, training, ranks)
+    if failures:
+        raise TrainingError("; ".join(failures))
 
 
 def _train_block(
@@ -95,7 +98,8 @@ def _train_block(
     report: Report,
     attempt: int,
     ranks: Ranks,
-) -> None:
+) -> list[str]:
+    """Train a block of layers; a sentence for each that was given up."""
     run, study, model = session.run, session.study, session.model(spec.name)
     steps = train_steps(session, spec)
     folder = run.checkpoint_folder(spec.name, layers)
@@ -125,6 +129,9 @@ def _train_block(
         claim.check()
         for column, layer in enumerate(layers):
             run.remove_twins(spec.name, layer)  # of an earlier training
+            if layer in trained.failed:
+                del files[steps[layer][0]]
+                continue
             for twin, dictionaries in enumerate((trained.own, *trained.twins)):
                 dictionary = dictionaries[layer]
                 dictionary.metadata.update(place_of(session, spec, layer) | _training_facts(session, spec))
@@ -132,6 +139,7 @@ def _train_block(
                 files[steps[layer][0]] += [f"{run.layer_name(spec.name, layer, twin)}/{name}" for name in names]
     run.remove_checkpoint(spec.name, layers)
     run.forget_job(spec.name, layers)
+    return list(trained.failed.values())
 
 
 def _help(session: Session, spec: ModelSpec, layers: list[int], training: TrainingSpec, ranks: Ranks) -> None:

@@ -72,6 +72,7 @@ def evaluate(
                 architecture=dictionaries[layer].architecture,
                 d_model=dictionaries[layer].d_model,
                 d_sae=dictionaries[layer].d_sae,
+                setbacks=int(dictionaries[layer].metadata.get("setbacks") or 0),
                 gate=failed_conditions(fields, dictionaries[layer], gate),
                 **fields,
             )

@@ -211,18 +211,18 @@ class RunDir:
 
     @contextmanager
     def steps(self, keys: dict[str, str], check: Callable[[], None] = lambda: None) -> Iterator[dict[str, list[str]]]:
-        """Do several steps at once, by name and key; the block appends to the files of each.
+        """Do several steps at once, by name and key; the block appends to the files of each, and takes out what was not done.
 
         `check` is asked before each is noted, and raises if it may not be.
         """
         started, clock, files = _now(), time.perf_counter(), {name: [] for name in keys}
         yield files
         seconds = round(time.perf_counter() - clock, 3)
-        for name, key in keys.items():
+        for name in files:
             check()
             self.storage.push(*files[name])
             checksums = {file: checksum_of(self.root / file) or "" for file in files[name]}
-            done = StepRecord(step=name, key=key, started=started, seconds=seconds, files=checksums)
+            done = StepRecord(step=name, key=keys[name], started=started, seconds=seconds, files=checksums)
             self.write_record(_step_file(name), done)
 
     def forget(self, step: str) -> None:

@@ -66,16 +66,26 @@ def stage_seconds(seconds: dict[str, float], total: float) -> str:
     return f"{spent}; {total:.0f} s in all{beside}"
 
 
+SINKS_LEFT_OUT = (
+    "Sinks: tokens whose activations are out of all proportion. They are left out of every figure but the FVU with sinks, and stay "
+    "as they are where a dictionary is spliced in."
+)
+
+
 def qualities(rows: list[LayerQuality]) -> None:
     """Quality by model and layer, with the gate."""
-    columns = ("model", "layer", "FVU", "L0", "dead", "ΔCE", "CE recovered", "KL", "answers kept", "gate")
-    table = _table(*columns)
+    with_sinks = any(q.num_sinks for q in rows)
+    beside = ("with sinks", "sinks") if with_sinks else ()
+    table = _table(
+        *("model", "layer", "FVU", *beside, "L0", "dead", "ΔCE", "CE recovered", "KL", "answers kept", "gate")
+    )
     for q in rows:
         kept = "–" if q.answers_kept is None else f"{q.answers_kept:.1%}"
         table.add_row(
             q.model,
             str(q.layer),
             f"{q.fvu:.4f}",
+            *((_or_dash(q.fvu_with_sinks, ".4f"), f"{q.num_sinks:,}") if with_sinks else ()),
             f"{q.l0:.1f}",
             f"{q.dead:.1%}",
             f"{q.delta_ce:+.3f}",
@@ -86,12 +96,23 @@ def qualities(rows: list[LayerQuality]) -> None:
         )
     console().print(table)
     texts = {
-        q.model: f"{q.model}: {q.num_tokens:,} held-out tokens, spliced in on {q.num_spliced_tokens:,}"
+        q.model: f"{q.model}: {q.num_tokens + q.num_sinks:,} held-out tokens, spliced in on {q.num_spliced_tokens:,}"
         + (f", {q.num_answers} answers" if q.answers_kept is not None else "")
         for q in rows
     }
-    for line in texts.values():
+    notes = [SINKS_LEFT_OUT] if with_sinks else []
+    notes += [
+        f"{q.model} layer {q.layer}: training went wrong {q.setbacks} time{'s'[: q.setbacks > 1]} and went on from the last good "
+        f"state, {4**q.setbacks} times slower"
+        for q in rows
+        if q.setbacks
+    ]
+    for line in (*texts.values(), *notes):
         console().print(line, soft_wrap=True)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def features(tables: dict[str, pl.DataFrame]) -> None:
@@ -269,6 +290,7 @@ def status_view(found: dict[str, Any]) -> Group:
     parts += [Text(), table, Text(legend)] if legend else [Text(), table]
     for model in found["models"].values():
         parts += [Text(line) for line in map(_halted, model["jobs"]) if line]
+        parts += [Text(f"{job['model']} {event}") for job in model["jobs"] for event in job["events"]]
     return Group(*parts)
 
 

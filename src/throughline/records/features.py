@@ -44,6 +44,7 @@ class LayerQuality(Record):
     kl_div_with_sae: float
     num_answers: int  # answers the model gives exactly without the dictionary
     answers_kept: float | None  # share of those still given with it; None where the text has no answers
+    setbacks: int = 0  # times that training went wrong here and went back, with a lower learning rate
     gate: list[str]  # the failed conditions, empty if it passes
 
     @property

@@ -34,6 +34,7 @@ class JobState(Record):
     l0: list[float] = []
     fvu: list[float] = []
     dead: list[float] = []
+    events: list[str] = []  # setbacks of its layers so far, in words
 
 
 class RunInfo(Record):

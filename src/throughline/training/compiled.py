@@ -20,11 +20,12 @@ from throughline.dictionaries.matryoshka import prefixes
 from throughline.dictionaries.relu import WARM_UP
 from throughline.training import kernels
 from throughline.training.chunks import Chunk
-from throughline.training.group import BETAS, EPSILON, Course, Group, NonFiniteLoss
+from throughline.training.group import BETAS, EPSILON, Course, Group
 from throughline.training.resampling import is_due, resample_
+from throughline.training.watching import EVERY_STEPS, Watch
 
 ARCHITECTURES = ("topk", "batch_topk", "matryoshka", "relu")
-BLOCK_STEPS = 16  # a thread stays with its layer for so long before it looks for one further behind
+BLOCK_STEPS = EVERY_STEPS  # a thread stays with its layer for so long before it looks for one further behind
 SMALL_PRODUCT = (
     5e7  # operations of an encoder's product that a call from the interpreter, and waiting for it, would outlast
 )
@@ -102,6 +103,7 @@ class CompiledLayer:
         self._trained = (*encoder, self._a["W_dec"], *moments)
         self._zero_D = np.zeros(self.d_model, np.float32)
         self._guess = np.float32(0)  # where a selection begins to look; changes its time alone
+        self._watch = Watch(group)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +115,12 @@ class CompiledLayer:
     def train(
         self, chunk_CD: np.ndarray, order_C: np.ndarray, first_step: int, num_steps: int, space: Workspace
     ) -> None:
-        """Steps on consecutive batches of `order_C`; measures are those of the last one."""
+        """Steps on consecutive batches of `order_C`; measures are those of the last one. A layer that was given up takes none.
+
+        Where the loss is not finite, the steps that are left of these are not taken.
+        """
+        if self._watch.has_failed:
+            return
         N, loss, error, num_codes, done = self.course.batch_tokens, math.nan, math.nan, 0, 0
         while done < num_steps:
             step = first_step + done
@@ -124,13 +131,15 @@ class CompiledLayer:
             else:
                 with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
                     loss, error, num_codes = self._step(chunk_CD, order, step, space)
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(self.group.layers[0], self.group.twin, step, loss)
             done += taken
+            if not math.isfinite(loss):
+                break
         squares = max(float(np.vdot(space.x_ND, space.x_ND)), 1e-30)
         dead = float((self._idle_F >= self._dead_after).mean())
         for name, value in {"loss": loss, "l0": num_codes / N, "fvu": error / squares, "dead": dead}.items():
             getattr(self.group.latest, name)[0] = value
+        if self._watch.look(first_step + done, self.group.latest):
+            self._rounded.copy_(self._W_enc[: len(self._rounded)])
 
     def _steps_in_one_call(self, step: int, most: int) -> int:
         """How many steps from `step` on need nothing in between: up to and with the next that resamples."""
@@ -145,7 +154,7 @@ class CompiledLayer:
         adam_S = np.stack([self._adam(step + i) for i in range(num_steps)])
         codes = (s.starts_R, s.counts_R, s.features_A, s.values_A, s.slopes_A)
         by_feature = (s.starts_F, s.token_A, s.row_A, s.value_A, s.slope_A)
-        done, loss, error, num_codes, guess = kernels.steps_topk(
+        _, loss, error, num_codes, guess = kernels.steps_topk(
             chunk_CD,
             order_C,
             a["mean"],
@@ -166,8 +175,6 @@ class CompiledLayer:
             self._idle_F,
         )
         self._guess = np.float32(guess)  # a float, as it comes back, would have everything compiled once more
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(self.group.layers[0], self.group.twin, step + min(done, num_steps - 1), loss)
         self._after_step(step + num_steps - 1, num_codes, math.inf, s)
         return loss, error, num_codes
 
@@ -265,7 +272,12 @@ class CompiledLayer:
 
     def _adam(self, step: int) -> np.ndarray:
         """Rate and root with bias correction, betas, epsilon."""
-        rate = self.group.learning_rate * self.course.rate(step) / (1 - BETAS[0] ** (step + 1))
+        rate = (
+            self.group.learning_rate
+            * float(self.group.slowed_L[0])
+            * self.course.rate(step)
+            / (1 - BETAS[0] ** (step + 1))
+        )
         return np.array([rate, 1 / math.sqrt(1 - BETAS[1] ** (step + 1)), *BETAS, EPSILON], np.float32)
 
     def _after_step(self, step: int, num_codes: int, smallest: float, s: Workspace) -> None:

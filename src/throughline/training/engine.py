@@ -14,12 +14,11 @@ each, may go through this together (`ranks.py`), with the same result.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from throughline.dictionaries import Dictionary
@@ -33,12 +32,13 @@ from throughline.training.checkpoints import Checkpoint, Checkpoints
 from throughline.training.chunks import Chunk, Cursor, read_chunks
 from throughline.training.compiled import CompiledTrainer
 from throughline.training.filtering import SinkFilter
-from throughline.training.group import Course, Group, NonFiniteLoss, seed_of
+from throughline.training.group import Course, Group, seed_of
 from throughline.training.plain import PlainTrainer
 from throughline.training.precision import trains_in_bfloat16
 from throughline.training.ranks import ALONE, Ranks
 from throughline.training.sources import ActivationSource
 from throughline.training.sparsity import SparsityController
+from throughline.training.watching import MOST_SETBACKS
 
 LR_AT_256_TOKENS_512_FEATURES = 1.3e-2
 FEW_STEPS = 300
@@ -66,14 +66,19 @@ class Progress:
     l0: list[float]
     fvu: list[float]
     dead: list[float]
+    events: list[str] = field(default_factory=list)  # setbacks so far, in words
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training gives: each layer's own dictionary, and by layer too each of `training.ceiling_seeds` twins, in order."""
+    """What a training gives: each layer's own dictionary, and by layer too each of `training.ceiling_seeds` twins, in order.
+
+    A layer that was given up, or a twin of which was, has none.
+    """
 
     own: dict[int, Dictionary]
     twins: list[dict[int, Dictionary]]
+    failed: dict[int, str]  # layers that were given up, which have no dictionary, and why
 
 
 class Trainer(Protocol):
@@ -148,19 +153,12 @@ def train(
     )
     course = Course(num_steps, training.batch_tokens, training.seed, dead_after, bfloat16)
     trainers = _make_trainers(groups, course, device, say, ranks)
-    reporter = _Reporter([group for group in groups if not group.twin], training, model, num_steps, step, report)
+    reporter = _Reporter([group for group in groups if not group.twin], training, model, num_steps, step, report, say)
     while chunk is not None and step < num_steps:
         steps = min(len(chunk.order_C) // training.batch_tokens, num_steps - step)
         reporter.begin(step, len(trainers))
         for trainer in trainers:
-            try:
-                trainer.train(chunk, step, steps, reporter.tick)
-            except NonFiniteLoss as error:
-                which = f" seed {error.twin}" if error.twin else ""
-                raise TrainingError(
-                    f"{model} layer {error.layer}{which}: the loss is {error.loss} at step {error.step}; "
-                    f"lower training.lr (now {training.lr}) if the activations are finite"
-                ) from error
+            trainer.train(chunk, step, steps, reporter.tick)
             reporter.trained(steps)
         step += steps
         following = chunk.following
@@ -170,12 +168,14 @@ def train(
         if chunk is not None:
             sinks.clean_(chunk)
     reporter.finish(step)
+    failed = _describe_failures(groups, training, model)
     for group in groups:
         group.moments = {}  # the dictionaries need the memory now
     folded: list[dict[int, Dictionary]] = [{} for _ in range(1 + training.ceiling_seeds)]
     for group in groups:
         folded[group.twin] |= _fold(group, model, step, training, sinks)
-    return Trained(own=folded[0], twins=folded[1:])
+    folded = [{layer: d for layer, d in of_layers.items() if layer not in failed} for of_layers in folded]
+    return Trained(own=folded[0], twins=folded[1:], failed=failed)
 
 
 def learning_rate(training: TrainingSpec, d_sae: int) -> float:
@@ -201,13 +201,13 @@ def _open_filter(
 ) -> SinkFilter:
     """What keeps sinks out: as the checkpoint has it, or from the first chunk."""
     if found:
-        return SinkFilter(layers, training.seed, found.tensors["sinks/norm"], found.tensors["sinks/left_out"])
+        remembered = found.tensors["sinks/norm"], found.tensors["sinks/left_out"]
+        return SinkFilter(model, layers, training.seed, *remembered)
     assert chunk is not None
-    for layer, x_CD in zip(layers, chunk.x_LCD, strict=True):
-        _check_finite(_mean_of(x_CD), layer, model)
     if training.sinks == "keep":
-        return SinkFilter(layers, training.seed, torch.full((len(layers),), math.inf, dtype=torch.float64))
-    return SinkFilter.from_chunk(chunk, layers, training.seed)
+        nowhere_L = torch.full((len(layers),), math.inf, dtype=torch.float64)
+        return SinkFilter(model, layers, training.seed, nowhere_L)
+    return SinkFilter.from_chunk(chunk, model, layers, training.seed)
 
 
 def _make_groups(
@@ -344,6 +344,8 @@ def _restore(found: Checkpoint, specs: dict[int, DictionarySpec], training: Trai
                 controller=SparsityController(t["target_l0"], t["penalty"], t["log_l0"]),
                 idle_tokens_LF=t["idle"],
                 moments={n: (t[f"{n}.m"], t[f"{n}.v"]) for n in stack.trained()},
+                slowed_L=t["slowed"],
+                setbacks_L=t["setbacks"],
             )
         )
     return groups
@@ -365,11 +367,24 @@ def _make_trainers(
     return ([CompiledTrainer(fast, course, torch.get_num_threads())] if fast else []) + trainers
 
 
-def _check_finite(mean_D: Float[Tensor, "D"], layer: int, model: str) -> None:
-    if not mean_D.isfinite().all():  # one entry that is not finite makes its mean so
-        raise TrainingError(
-            f"{model} layer {layer}: its activations are not all finite; if its dtype is float16, try float32"
-        )
+def _describe_failures(groups: Sequence[Group], training: TrainingSpec, model: str) -> dict[int, str]:
+    """A sentence for each layer that was given up: the layer, the step and the likely cause."""
+    failed = {}
+    for group in groups:
+        auto = learning_rate(training.model_copy(update={"lr": "auto"}), group.stack.W_dec_LFD.shape[1])
+        for index, layer in enumerate(group.layers):
+            if group.setbacks_L[index] <= MOST_SETBACKS:
+                continue
+            words = [said for at, said in group.events if at == layer]
+            last = words[-1].removesuffix(": given up") if words else f"layer {layer} failed before training went on"
+            cause = (
+                f"training.lr {training.lr:.2g} is {training.lr / auto:.0f} times what auto would take ({auto:.2g})"
+                if training.lr != "auto" and training.lr > 2 * auto
+                else "look at the layer's activations, or set training.lr lower than "
+                f"{group.learning_rate * float(group.slowed_L[index]):.2g}"
+            )
+            failed[layer] = f"{model} {last}, after {MOST_SETBACKS} setbacks with a lower learning rate each; {cause}"
+    return failed
 
 
 def _fold(group: Group, model: str, steps: int, training: TrainingSpec, sinks: SinkFilter) -> dict[int, Dictionary]:
@@ -382,6 +397,7 @@ def _fold(group: Group, model: str, steps: int, training: TrainingSpec, sinks: S
             "seed": training.seed,
             "training_architecture": group.architecture.name,
             "sink_tokens_left_out": int(sinks.left_out_L[group.columns[i]]),
+            "setbacks": int(group.setbacks_L[i]),
         }
         dictionary = group.stack.fold(
             i,
@@ -409,7 +425,9 @@ class _Reporter:
         num_steps: int,
         first_step: int,
         report: Callable[[Progress], None],
+        say: Callable[[str], None],
     ) -> None:
+        self._said, self._tell = 0, say
         self._groups, self._training, self._model, self._num_steps = groups, training, model, num_steps
         self._report, self._first_step = report, first_step
         self._started = self._reported = time.perf_counter()
@@ -440,11 +458,14 @@ class _Reporter:
         for group in self._groups:
             measured = {name: tensor.tolist() for name, tensor in asdict(group.latest).items()}
             rows |= {layer: {name: v[i] for name, v in measured.items()} for i, layer in enumerate(group.layers)}
-        if any(math.isnan(row["loss"]) for row in rows.values()):
+        if any(math.isnan(row["l0"]) for row in rows.values()):
             return  # some layer has not begun
         tokens, seconds = (step - self._first_step) * self._training.batch_tokens, now - self._started
         rate = max(tokens, 1) / max(seconds, 1e-9)
-        layers = sorted(rows)
+        layers, events = sorted(rows), [said for group in self._groups for _, said in group.events]
+        for event in events[self._said :]:
+            self._tell(f"{self._model} {event}")
+        self._said = len(events)
         self._report(
             Progress(
                 model=self._model,
@@ -454,5 +475,6 @@ class _Reporter:
                 tokens_per_second=rate,
                 eta_seconds=(self._num_steps - step) * self._training.batch_tokens / rate,
                 **{name: [rows[layer][name] for layer in layers] for name in ("loss", "l0", "fvu", "dead")},
+                events=events,
             )
         )

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from throughline.errors import TrainingError
 from throughline.sinks import find_sink_norm
 from throughline.training.chunks import Chunk
 from throughline.training.group import seed_of
@@ -19,22 +20,35 @@ class SinkFilter:
     """The limit of every layer, and how many tokens were left out of how many. What is remembered is tensors alone, [L] each."""
 
     def __init__(
-        self, layers: list[int], seed: int, norm_L: Float[Tensor, "L"], left_out_L: Int[Tensor, "L"] | None = None
+        self,
+        model: str,
+        layers: list[int],
+        seed: int,
+        norm_L: Float[Tensor, "L"],
+        left_out_L: Int[Tensor, "L"] | None = None,
     ) -> None:
-        self._layers, self._seed, self.norm_L = layers, seed, norm_L
+        self._model, self._layers, self._seed, self.norm_L = model, layers, seed, norm_L
         self.left_out_L = torch.zeros(len(layers), dtype=torch.int64) if left_out_L is None else left_out_L
 
     @classmethod
-    def from_chunk(cls, chunk: Chunk, layers: list[int], seed: int) -> "SinkFilter":
+    def from_chunk(cls, chunk: Chunk, model: str, layers: list[int], seed: int) -> "SinkFilter":
         """The limits that the tokens of a chunk show."""
-        return cls(layers, seed, torch.tensor([find_sink_norm(x_CD) for x_CD in chunk.x_LCD], dtype=torch.float64))
+        return cls(
+            model, layers, seed, torch.tensor([find_sink_norm(x_CD) for x_CD in chunk.x_LCD], dtype=torch.float64)
+        )
 
     def clean_(self, chunk: Chunk) -> None:
-        """Let ordinary tokens take the places of sinks; drawn by layer and chunk, so that there is no state."""
+        """Let ordinary tokens take the places of sinks; drawn by layer and chunk, so that there is no state.
+
+        TrainingError for activations that are not finite.
+        """
         for index, (layer, limit, x_CD) in enumerate(zip(self._layers, self.norm_L.tolist(), chunk.x_LCD, strict=True)):
             norm_C = torch.cat([piece.float().norm(dim=1) for piece in x_CD.split(PIECE_TOKENS)])
-            # what is not finite stays: the loss is to show it
-            sinks = ((norm_C > limit) & norm_C.isfinite()).nonzero()[:, 0]
+            if not norm_C.isfinite().all():
+                raise TrainingError(
+                    f"{self._model} layer {layer}: its activations are not all finite; if its dtype is float16, try float32"
+                )
+            sinks = (norm_C > limit).nonzero()[:, 0]
             others = (norm_C <= limit).nonzero()[:, 0]
             if not len(sinks) or not len(others):
                 continue

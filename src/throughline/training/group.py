@@ -51,14 +51,6 @@ def seed_of(seed: int, layer: int, twin: int) -> int:
     return seed * 1009 + layer + twin * TWINS_APART
 
 
-class NonFiniteLoss(Exception):
-    """The loss of a layer, or of a twin of it, is not a number any more."""
-
-    def __init__(self, layer: int, twin: int, step: int, loss: float) -> None:
-        super().__init__(layer, twin, step, loss)
-        self.layer, self.twin, self.step, self.loss = layer, twin, step, loss
-
-
 @dataclass
 class Measures:
     """The latest batch, by layer [L]: loss, active features per token, share of variance missed, share of dead features."""
@@ -99,8 +91,16 @@ class Group:
     idle_tokens_LF: Tensor  # since a feature last fired
     moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by name of the weight: first, second
     latest: Measures = field(default_factory=lambda: Measures.none(0))
+    slowed_L: Tensor = field(default_factory=lambda: torch.ones(0))  # factor of the learning rate after setbacks
+    setbacks_L: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    events: list[tuple[int, str]] = field(default_factory=list)  # setbacks, by layer, in words
 
     def __post_init__(self) -> None:
+        if not len(self.setbacks_L):
+            self.slowed_L, self.setbacks_L = (
+                torch.ones(len(self.layers)),
+                torch.zeros(len(self.layers), dtype=torch.int64),
+            )
         if not self.moments:
             self.moments = {n: (torch.zeros_like(w), torch.zeros_like(w)) for n, w in self.stack.trained().items()}
         if not len(self.latest.loss):
@@ -121,10 +121,13 @@ class Group:
             idle_tokens_LF=self.idle_tokens_LF[one],
             moments={name: (first[one], second[one]) for name, (first, second) in self.moments.items()},
             latest=Measures(*(getattr(self.latest, f.name)[one] for f in fields(Measures))),
+            slowed_L=self.slowed_L[one],
+            setbacks_L=self.setbacks_L[one],
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint has to hold of this group, by name; writing into them restores it."""
         moments = {f"{n}.{which}": m for n, pair in self.moments.items() for which, m in zip("mv", pair, strict=True)}
         own = {"mean": self.mean_LD, "scale": self.scale_L, "idle": self.idle_tokens_LF}
+        own |= {"slowed": self.slowed_L, "setbacks": self.setbacks_L}
         return self.stack.tensors() | moments | self.controller.tensors() | own

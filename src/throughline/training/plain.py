@@ -5,7 +5,9 @@ they found between the gradients and Adam: from there on all are alike again.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -13,11 +15,10 @@ from torch import Tensor
 from throughline.dictionaries.stack import StepLoss
 from throughline.errors import TrainingError
 from throughline.training.chunks import Chunk
-from throughline.training.group import BETAS, EPSILON, Course, Group, Measures, NonFiniteLoss
+from throughline.training.group import BETAS, EPSILON, Course, Group, Measures
 from throughline.training.ranks import ALONE, Ranks
 from throughline.training.resampling import is_due, resample_
-
-CHECK_STEPS = 50  # a look at the loss waits for the device
+from throughline.training.watching import EVERY_STEPS, MOST_SETBACKS, Watch
 
 
 class PlainTrainer:
@@ -33,6 +34,7 @@ class PlainTrainer:
             list(group.stack.trained().values()), lr=group.learning_rate, betas=BETAS, eps=EPSILON, fused=True
         )
         self._num_parts = 1  # micro-batches of a batch
+        self._watches = [Watch(group.single(i)) for i in range(len(group.layers))]
 
     def train(self, chunk: Chunk, first_step: int, num_steps: int, tick: Callable[[float], None]) -> None:
         """Steps on consecutive batches of the chunk; `tick` hears how many are done."""
@@ -45,14 +47,16 @@ class PlainTrainer:
             order_N = order_C[i * N + self._ranks.rank : (i + 1) * N : self._ranks.size]
             x_LND = chunk.x_LCD[:, order_N] if everything else chunk.x_LCD[columns, order_N]
             self._step((x_LND.float() - group.mean_LD[:, None]) * group.scale_L[:, None, None], first_step + i)
-            if (i + 1) % CHECK_STEPS == 0 or i + 1 == num_steps:
-                self._check(first_step + i)
+            if (i + 1) % EVERY_STEPS == 0 or i + 1 == num_steps:
+                self._look(first_step + i + 1)
             tick(i + 1)
 
-    def _check(self, step: int) -> None:
-        for layer, loss in zip(self._group.layers, self._group.latest.loss.tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(layer, self._group.twin, step, loss)
+    def _look(self, step: int) -> None:
+        latest = self._group.latest
+        for index, watch in enumerate(self._watches):
+            if not watch.has_failed:
+                one = slice(index, index + 1)
+                watch.look(step, Measures(*(getattr(latest, f.name)[one] for f in fields(Measures))))
 
     def _remember(self, step: int) -> None:
         """The group's moments are the optimizer's."""
@@ -75,7 +79,8 @@ class PlainTrainer:
         group.stack.remove_parallel_gradient_()
         for parameters in self._optimizer.param_groups:
             parameters["lr"] = group.learning_rate * course.rate(step)
-        self._optimizer.step()
+        with self._slowed():
+            self._optimizer.step()
         self._optimizer.zero_grad()
         group.stack.normalize_()
         with torch.no_grad():
@@ -90,6 +95,22 @@ class PlainTrainer:
                 all_x_LND, all_error_LND = (self._ranks.gather_batch(x, N) for x in (x_LND, error_LND))
                 resample_(group, all_x_LND, all_error_LND, step, course)
             group.latest = Measures(loss_L, l0_L, squares[0] / squares[1], dead_LF.float().mean(1))
+
+    @contextmanager
+    def _slowed(self) -> Iterator[None]:
+        """Layers that were set back go a part of the optimizer's step, those given up none of it."""
+        slowed_L = torch.where(self._group.setbacks_L > MOST_SETBACKS, 0.0, self._group.slowed_L)
+        which = (slowed_L < 1).nonzero()[:, 0]
+        if not len(which):
+            yield
+            return
+        before = {name: weight.detach()[which].clone() for name, weight in self._group.stack.trained().items()}
+        yield
+        with torch.no_grad():
+            for name, weight in self._group.stack.trained().items():
+                factor = slowed_L[which].to(weight.device).view(-1, *[1] * (weight.ndim - 1))
+                moved = before[name] + factor * (weight[which] - before[name])
+                weight[which] = torch.where(factor > 0, moved, before[name])
 
     def _losses(self, x_LND: Tensor, dead_LF: Tensor, progress: float) -> StepLoss:
         """Losses of the batch; their gradients are left in the weights."""
