@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from throughline.errors import InputError
 from throughline.models.bos import Bos, set_bos_
+from throughline.models import gguf
 from throughline.models.families import FAMILIES
 from throughline.models.gelu import fuse_gelu_
 from throughline.models.language_model import LanguageModel, check_layers, quiet_transformers
@@ -104,8 +105,11 @@ def check_model(spec: ModelSpec) -> ModelFacts:
 
 def _find(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     """Where the model is, and its configuration."""
-    path = resolve_path(spec.path)
+    path = gguf.locate(resolve_path(spec.path))
     folder = Path(path).expanduser()
+    if (file := gguf.find_file(folder)) and spec.weights == "trained":
+        folder = gguf.unpack(file)
+        path = str(folder)
     if folder.exists() or path.startswith((".", "/", "~")):
         _check_folder(folder, needs_weights=spec.weights == "trained")
         path = str(folder)
