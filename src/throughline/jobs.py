@@ -111,7 +111,7 @@ def _train_block(
     with (
         notes.kept_fresh(),
         run.steps(dict(steps[layer] for layer in layers), claim.check) as files,
-        open_journals(run, study, spec.name, layers, training.batch_tokens) as journals,
+        open_journals(run, study, spec.name, layers, training.step_tokens) as journals,
     ):
         source = _activations(session, spec, layers, training, keep=ranks.size == 1)
         probe = next(source.batches(), torch.empty(len(layers), 0, model.d_model))[:, :PROBE_TOKENS].clone()
@@ -180,7 +180,7 @@ def _split(
     """The layers in blocks that fit into the memory that is free."""
     model, study = session.model(spec.name), session.study
     total = training.tokens * training.epochs
-    tokens = chunk_tokens(model.d_model, training.batch_tokens, total, model.num_layers)
+    tokens = chunk_tokens(model.d_model, training.step_tokens, total, model.num_layers)
     rounded = (
         harvests_in_bfloat16(training.precision, session.device, model.d_model) or model.hf.dtype == torch.bfloat16
     )
@@ -194,7 +194,7 @@ def _split(
                 model.d_model,
                 width,
                 tokens,
-                training.batch_tokens,
+                training.step_tokens,
                 by_autograd=not fast,
                 bytes_per_number=2 if rounded else 4,
                 num_dictionaries=1 + training.ceiling_seeds,

@@ -91,7 +91,7 @@ def _training(study: Study, layers: Layers) -> list[str]:
             f"- text: `{metadata.get('dataset_path')}`, pieces of up to {metadata.get('context_size')} tokens, special tokens "
             + ("left out" if metadata.get("exclude_special_tokens") else "kept"),
             f"- {metadata.get('training_tokens', training.tokens * training.epochs):,} tokens in batches of "
-            f"{training.batch_tokens:,}, {training.epochs} epoch{'s'[: training.epochs > 1]}",
+            f"{training.step_tokens:,}, {training.epochs} epoch{'s'[: training.epochs > 1]}",
             f"- learning rate {training.lr}, precision {training.precision}, seed {training.seed}",
         ]
     return [*lines, ""]

@@ -4,6 +4,7 @@ What a field means is said here alone, in its description. `study_fields.py` mak
 writes the first sentence beside the field, docs/study.md has all of it. `examples` are shown where a default shows nothing.
 """
 
+import math
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,7 @@ from throughline.registry import ARCHITECTURES, LABELERS, METRICS, Registry, unk
 
 ASKING = "llm"  # the labeler that asks a language model
 LONGEST_SHOWN = 60  # characters of a wrong value that an error repeats
+SMALLEST_BATCH, LARGEST_BATCH = 64, 4096  # that training.batch_tokens takes by itself
 RANDOM_WEIGHTS = " (random weights)"  # how the name of a model without training ends
 
 WHOLE_K = ("topk", "batch_topk", "matryoshka")
@@ -246,7 +248,11 @@ class TrainingSpec(Section):
         "order. Where the model takes longer than the dictionaries, two passes cost little and are worth nearly as much as twice "
         "the text.",
     )
-    batch_tokens: int = Field(default=4096, ge=1, description="Tokens of one step.")
+    batch_tokens: int | Literal["auto"] = Field(
+        default="auto",
+        description="Tokens of one step, a number or `auto`. `auto` takes about as many tokens a step as steps: the power of "
+        "two that is nearest to √(tokens · epochs), from 64 to 4096. Short runs need steps, long ones even gradients.",
+    )
     lr: float | Literal["auto"] = Field(
         default="auto",
         description="Learning rate, a number or `auto`. `auto` is 1.3e-2 · √(min(batch, 4096) / 256) · "
@@ -293,6 +299,10 @@ class TrainingSpec(Section):
 
     @model_validator(mode="after")
     def _at_least_one_batch(self) -> Self:
+        if self.batch_tokens == "auto":
+            return self
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens should be a number above 0 or auto, found {self.batch_tokens}")
         if self.batch_tokens > self.tokens * self.epochs:
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is more than the {self.tokens * self.epochs} tokens of the training"
@@ -300,9 +310,18 @@ class TrainingSpec(Section):
         return self
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens of one step."""
+        if self.batch_tokens != "auto":
+            return self.batch_tokens
+        total = self.tokens * self.epochs
+        nearest = 2 ** round(math.log2(total) / 2)
+        return min(max(SMALLEST_BATCH, min(nearest, LARGEST_BATCH)), total)
+
+    @property
     def num_steps(self) -> int:
         """Of the whole training."""
-        return max(1, self.tokens * self.epochs // self.batch_tokens) * self.passes
+        return max(1, self.tokens * self.epochs // self.step_tokens) * self.passes
 
 
 class GateSpec(Section):

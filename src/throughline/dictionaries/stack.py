@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, normalize
 
 from throughline.dictionaries.dictionary import Dictionary
 from throughline.dictionaries.share import WHOLE, Share
+
+WHITENING = 0.1  # of the mean variance is added to every direction's, so that those with hardly any are not blown up
+START_NOISE = 0.1  # length beside that of a row: no two features begin alike
 
 
 class StepLoss(NamedTuple):
@@ -113,18 +116,19 @@ class Stack:
         generators: list[torch.Generator],
         architecture: type[Architecture],
     ) -> "Stack":
-        """Tied unit rows, half of them directions of sampled activations, half random.
+        """Tied unit rows: directions of sampled activations after whitening, with a little noise.
 
-        Directions of the data leave fewer features dead than random ones; random ones keep the dictionary from
-        collapsing onto frequent tokens. Each layer draws from its own generator: a shared start would fake matches
-        between layers.
+        In a language model a few directions hold most of the variance, and activations as they are all point along these:
+        features that begin there compete for the same tokens, and half of them die (docs/real-models.md). Each layer draws
+        from its own generator: a shared start would fake matches between layers.
         """
         rows = []
         for x_ND, generator in zip(samples_LND, generators, strict=True):
-            row_FD = torch.randn(d_sae, x_ND.shape[1], generator=generator).to(x_ND)
-            picks = torch.randint(len(x_ND), (d_sae // 2,), generator=generator)
-            row_FD[: d_sae // 2] = x_ND[picks.to(x_ND.device)] + 0.1 * row_FD[: d_sae // 2]
-            rows.append(row_FD / row_FD.norm(dim=1, keepdim=True).clamp_min(1e-8))
+            N, D = x_ND.shape
+            order = torch.cat([torch.randperm(N, generator=generator) for _ in range(-(-d_sae // N))])[:d_sae]
+            row_FD = normalize(whiten(x_ND)[order.to(x_ND.device)], dim=1)
+            noise_FD = torch.randn(d_sae, D, generator=generator).to(x_ND)
+            rows.append(normalize(row_FD + START_NOISE * normalize(noise_FD, dim=1), dim=1))
         W_dec_LFD = torch.stack(rows)
         L, F, D = W_dec_LFD.shape
         weights = (W_dec_LFD.clone(), W_dec_LFD.new_zeros(L, F), W_dec_LFD, W_dec_LFD.new_zeros(L, D))
@@ -213,6 +217,14 @@ class Stack:
             options=options,
             metadata=metadata,
         )
+
+
+def whiten(x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    """Centred activations x times (C + WHITENING * mean eigenvalue of C)^(-1/2), C their covariance: no direction dominates."""
+    x = x_ND.to("cpu" if x_ND.device.type == "mps" else x_ND.device, torch.float64)
+    values_D, vectors_DD = torch.linalg.eigh(x.T @ x / len(x))
+    scale_D = (values_D.clamp_min(0) + WHITENING * values_D.mean().clamp_min(1e-30)).rsqrt()
+    return ((x @ vectors_DD * scale_D) @ vectors_DD.T).to(x_ND)
 
 
 def count_fired(features_LNK: Int[Tensor, "L N K"], active_LNK: Bool[Tensor, "L N K"], d_sae: int) -> Tensor:

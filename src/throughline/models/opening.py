@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from throughline.errors import InputError
-from throughline.models.bos import Bos, set_bos_
 from throughline.models import gguf
+from throughline.models.bos import Bos, set_bos_
 from throughline.models.families import FAMILIES
 from throughline.models.gelu import fuse_gelu_
 from throughline.models.language_model import LanguageModel, check_layers, quiet_transformers

@@ -166,7 +166,7 @@ class _Layer:
 
 def _count_layer(setting: Setting, layer: int) -> _Layer:
     spec, training, device, D = setting.dictionary(layer), setting.training, setting.device, setting.shape.d_model
-    F, N = spec.width(D), training.batch_tokens
+    F, N = spec.width(D), training.step_tokens
     num_dictionaries = 1 + training.ceiling_seeds
     tokens_trained = num_dictionaries * training.num_steps * N
     fast = compiled.can_train(ARCHITECTURES.load(spec.architecture).name, "cpu" if device.on_cpu else "cuda")

@@ -84,7 +84,7 @@ def _smaller(setting: Setting, misfits: list[_Misfit]) -> list[str]:
         return _changed(setting.study, "training", {"ceiling_seeds": count})
 
     tenths = _largest(widest, lambda value: fit(with_expansion(value)))
-    halvings = [setting.training.batch_tokens >> i for i in range(1, setting.training.batch_tokens.bit_length())]
+    halvings = [setting.training.step_tokens >> i for i in range(1, setting.training.step_tokens.bit_length())]
     batch = next((tokens for tokens in halvings if fit(with_batch(tokens))), None)
     instead = "" if dictionary.d_sae is None else " in place of d_sae"
     ways = [f"dictionary.expansion {tenths / 10:g}{instead}"] if tenths else []

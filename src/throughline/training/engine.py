@@ -44,9 +44,9 @@ LR_AT_256_TOKENS_512_FEATURES = 1.3e-2
 FEW_STEPS = 300
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_AFTER_SHARE = 0.01  # of the run, whichever is less
-DEAD_AFTER_BATCHES = 4  # at least: what a few batches have no use for is not dead
+DEAD_AFTER_BATCHES = 16  # at least: what a few batches have no use for is not dead
 REPORT_SECONDS = 1.0
-SCALED_ON = 4096  # tokens that dictionaries are initialised from
+SCALED_ON = 4096  # tokens, or as many as features, that dictionaries are initialised from
 PIECE_TOKENS = 512  # of a chunk at a time: they stay in the cache
 LENGTH_FROM = 512  # of them, on which the encoder's first length is found
 Shape = tuple[str, int, int | None]  # architecture, features, and k where it says how many are active
@@ -116,9 +116,9 @@ def train(
     Raises TrainingError, on every rank, if the source yields less than one batch, or activations or a loss are not finite.
     InputError if there are more ranks than a batch has tokens.
     """
-    if ranks.size > min(training.batch_tokens, AUX_TOKENS):
+    if ranks.size > min(training.step_tokens, AUX_TOKENS):
         raise InputError(
-            f"{model}: {ranks.size} devices for batches of {training.batch_tokens} tokens, expected no more devices than tokens "
+            f"{model}: {ranks.size} devices for batches of {training.step_tokens} tokens, expected no more devices than tokens "
             f"and no more than {AUX_TOKENS}; set training.batch_tokens higher or give fewer devices"
         )
     if ranks.rank:
@@ -128,11 +128,11 @@ def train(
     found = ranks.load(lambda: checkpoints.load() if checkpoints else None)
     cursor, step = (found.cursor, found.step) if found else (Cursor(), 0)
     shared = ranks.divide(source)
-    chunks = read_chunks(shared, training.batch_tokens, total, num_layers, training.seed, cursor, training.passes)
+    chunks = read_chunks(shared, training.step_tokens, total, num_layers, training.seed, cursor, training.passes)
     chunk = next(chunks, None)
     if chunk is None and found is None:
         raise TrainingError(
-            f"{model}: the text has less than one batch of {training.batch_tokens:,} tokens; "
+            f"{model}: the text has less than one batch of {training.step_tokens:,} tokens; "
             "set training.batch_tokens lower or give more text"
         )
     device = "cpu" if chunk is None else str(chunk.x_LCD.device)
@@ -148,14 +148,14 @@ def train(
         say(f"{model}: going on from step {step:,} of {num_steps:,}")
     bfloat16 = trains_in_bfloat16(training.precision, device)
     dead_after = max(
-        DEAD_AFTER_BATCHES * training.batch_tokens,
-        min(DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE * num_steps * training.batch_tokens),
+        DEAD_AFTER_BATCHES * training.step_tokens,
+        min(DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE * num_steps * training.step_tokens),
     )
-    course = Course(num_steps, training.batch_tokens, training.seed, dead_after, bfloat16)
+    course = Course(num_steps, training.step_tokens, training.seed, dead_after, bfloat16)
     trainers = _make_trainers(groups, course, device, say, ranks)
     reporter = _Reporter([group for group in groups if not group.twin], training, model, num_steps, step, report, say)
     while chunk is not None and step < num_steps:
-        steps = min(len(chunk.order_C) // training.batch_tokens, num_steps - step)
+        steps = min(len(chunk.order_C) // training.step_tokens, num_steps - step)
         reporter.begin(step, len(trainers))
         for trainer in trainers:
             trainer.train(chunk, step, steps, reporter.tick)
@@ -189,7 +189,7 @@ def learning_rate(training: TrainingSpec, d_sae: int) -> float:
         return training.lr
     few = math.sqrt(min(1.0, training.num_steps / FEW_STEPS))
     return (
-        few * LR_AT_256_TOKENS_512_FEATURES * math.sqrt(min(training.batch_tokens, 4096) / 256 * 512 / max(d_sae, 512))
+        few * LR_AT_256_TOKENS_512_FEATURES * math.sqrt(min(training.step_tokens, 4096) / 256 * 512 / max(d_sae, 512))
     )
 
 
@@ -221,7 +221,7 @@ def _make_groups(
     for twin, ((name, d_sae, k), layers) in _in_order(specs, first_LND.shape[2], training):
         columns = [list(specs).index(layer) for layer in layers]
         architecture = ARCHITECTURES.load(name)
-        some = chunk.order_C[:SCALED_ON].to(first_LND.device)
+        some = chunk.order_C[: max(SCALED_ON, d_sae)].to(first_LND.device)
         some_LND = torch.stack([first_LND[column, some] for column in columns]).float()
         x_LND = (some_LND - mean_LD[columns][:, None]) * scale_L[columns][:, None, None]
         generators = [torch.Generator().manual_seed(seed_of(training.seed, layer, twin)) for layer in layers]
@@ -393,7 +393,7 @@ def _fold(group: Group, model: str, steps: int, training: TrainingSpec, sinks: S
         metadata = {
             "model_name": model,
             "layer": layer,
-            "training_tokens": steps // training.passes * training.batch_tokens,
+            "training_tokens": steps // training.passes * training.step_tokens,
             "seed": training.seed,
             "training_architecture": group.architecture.name,
             "sink_tokens_left_out": int(sinks.left_out_L[group.columns[i]]),
@@ -460,7 +460,7 @@ class _Reporter:
             rows |= {layer: {name: v[i] for name, v in measured.items()} for i, layer in enumerate(group.layers)}
         if any(math.isnan(row["l0"]) for row in rows.values()):
             return  # some layer has not begun
-        tokens, seconds = (step - self._first_step) * self._training.batch_tokens, now - self._started
+        tokens, seconds = (step - self._first_step) * self._training.step_tokens, now - self._started
         rate = max(tokens, 1) / max(seconds, 1e-9)
         layers, events = sorted(rows), [said for group in self._groups for _, said in group.events]
         for event in events[self._said :]:
@@ -473,7 +473,7 @@ class _Reporter:
                 step=step,
                 num_steps=self._num_steps,
                 tokens_per_second=rate,
-                eta_seconds=(self._num_steps - step) * self._training.batch_tokens / rate,
+                eta_seconds=(self._num_steps - step) * self._training.step_tokens / rate,
                 **{name: [rows[layer][name] for layer in layers] for name in ("loss", "l0", "fvu", "dead")},
                 events=events,
             )
