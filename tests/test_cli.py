@@ -23,7 +23,7 @@ from throughline.errors import GateError, InputError
 from throughline.records import JobState
 from throughline.run_dir import RunDir
 from throughline.session import Session
-from throughline.study import parse_study
+from throughline.study import load_study, parse_study
 from throughline.tokens import encode_prompt
 from throughline.tracing import read_prompts
 from throughline.tracing.answer import find_answer, spell
@@ -187,6 +187,26 @@ def test_an_existing_run_is_not_touched_without_resume(say, tiny):
         message = refused(say(command, tiny.parent / "study.yaml", "--out", tiny))
         assert "holds a run already; continue it with --resume, or give another with --out" in message
     assert snapshot(tiny) == before
+
+
+def test_another_study_does_not_take_the_place_of_one(say, tiny, tmp_path):
+    before = snapshot(tiny)
+    other = written_study(tmp_path, name="other")
+    for command in ("train", "run"):
+        message = refused(say(command, other, "--out", tiny, "--resume"))
+        assert "holds the run of study 'tiny' (zoo/pythia, zoo/gpt2)" in message
+    assert "holds the run of study 'tiny'" in refused(say("demo", "--out", tiny))
+    assert snapshot(tiny) == before
+
+
+def test_the_demo_and_its_short_form_do_not_replace_each_other(say, tmp_path):
+    demo = load_study(Path(api.__file__).parent / "presets" / "demo.yaml")
+    RunDir.create(tmp_path / "run", demo)
+    before = snapshot(tmp_path)
+    message = refused(say("demo", "--short", "--out", tmp_path / "run"))
+    assert "zoo/gemma), with other settings in models, training, evaluation; give another folder with --out" in message
+    assert snapshot(tmp_path) == before
+    assert api.place_of_demo(None, short=False) != api.place_of_demo(None, short=True)
 
 
 def test_other_folders_and_files_are_never_written_into(say, tmp_path):

@@ -52,7 +52,10 @@ def _root(
 
 @app.command()
 def demo(
-    out: Annotated[str, typer.Option(help="run folder, or a URL")] = "runs/demo",
+    out: Annotated[
+        str | None,
+        typer.Option(help="run folder, or a URL; default runs/demo, with --short runs/demo-short", show_default=False),
+    ] = None,
     short: Annotated[bool, typer.Option("--short", help="two models and less text, for a quick check")] = False,
     device: Device = None,
     quiet: Quiet = False,
@@ -61,9 +64,10 @@ def demo(
     from throughline import api
     from throughline.cli import live, render
 
-    with live.Live(quiet, out) as news, _figures_of_the_gate(out, quiet):
+    place = api.place_of_demo(out, short)
+    with live.Live(quiet, place) as news, _figures_of_the_gate(place, quiet):
         finished = api.demo(
-            out, short=short, device=device, say=news.say, progress=news.progress, on_trace=news.first_trace
+            place, short=short, device=device, say=news.say, progress=news.progress, on_trace=news.first_trace
         )
     if not quiet:
         render.finished(finished, model=api.DEMO_TRACED)
