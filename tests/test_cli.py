@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from throughline import api
-from throughline.cli import main
+from throughline.cli import main, traced
+from throughline.cli.render import stage_seconds
 from throughline.errors import GateError, InputError
-from throughline.records import JobState
+from throughline.records import FaithfulnessPoint, JobState
 from throughline.run_dir import RunDir
 from throughline.session import Session
 from throughline.study import load_study, parse_study
@@ -461,6 +462,28 @@ def test_the_report_says_where_it_is(say, copy):
     assert page.exists()
 
 
+def test_a_finished_step_has_the_seconds_of_its_work(tiny):
+    run = RunDir.open(tiny)
+    for stage in ("transfer", "features"):
+        of_steps = sum(step.seconds for name, step in run.manifest().items() if name.startswith(f"{stage}/"))
+        assert of_steps == pytest.approx(run.info().seconds[stage], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "line"),
+    [
+        (None, "train 96 s · report 31 s · other 4 s (start, imports); 131 s by the clock"),
+        (
+            40.0,
+            "train 96 s · report 31 s · other 44 s (start, imports); 131 s by the clock; a stage's seconds are summed",
+        ),
+    ],
+)
+def test_the_seconds_of_the_last_line_add_up(overlap, line):
+    said = stage_seconds({"train": 96.0, "report": 31.0}, 131.0, overlap)
+    assert said.startswith(line) and ("side by side" in said) == (overlap is not None)
+
+
 def test_a_trace_in_words(say, copy):
     code, out, err = say("trace", copy, PROMPT, "--model", "zoo/pythia")
     assert (code, err) == (0, "")
@@ -474,7 +497,28 @@ def test_a_trace_in_words(say, copy):
     assert shown and all(re.search(effect, x) for x in shown)
     assert "What is 15 + 24?" in out and "carry: 1 becomes 0" in out  # what "off" is
     assert "a random feature, switched off" in out and "replacement" in out
+    for explained in (
+        "features of largest predicted effect",
+        "of the lead of the token that it ends in",
+        "features × tokens",
+    ):
+        assert explained in out
     assert re.search(r"all of it off: predicted [+-]\d+\.\d\d, measured [+-]\d+\.\d\d", out)
+
+
+def test_a_printed_trace_marks_every_set_of_nodes_with_which_the_answer_changes(tiny, capsys):
+    found = next(t for t in RunDir.open(tiny).traces() if t.verification)
+    assert found.verification
+    points = [
+        FaithfulnessPoint(num=n, faithfulness=0.5, completeness=0.25, random=0.75, random_kept=share, answer_kept=kept)
+        for n, share, kept in ((0, 0.0, False), (4, 0.0, True), (16, 0.2, False))
+    ]
+    checked = found.verification.model_copy(update={"faithfulness": points})
+    traced.trace(found.model_copy(update={"verification": checked}))
+    out = capsys.readouterr().out
+    assert re.search(r"most influential +0\.50\* +0\.50 +0\.50\*", out)
+    assert re.search(r"random +0\.75\* +0\.75\* +0\.75 *\n", out)
+    assert re.search(r"all but these +0\.25 +0\.25 +0\.25 *\n\* the answer changes", out)
 
 
 def test_a_quick_look_says_that_nothing_was_measured(say, copy):

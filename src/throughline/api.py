@@ -422,6 +422,7 @@ class Finished:
     comparisons: list[Comparison]
     seconds: dict[str, float]  # of each stage this time; models that went side by side are summed
     total_seconds: float  # by the clock
+    overlap_seconds: float | None = None  # that models side by side spent at once; None if they went one after another
 
 
 def run(
@@ -467,7 +468,8 @@ def run(
         with session.timed("report"):
             page = report(session.run)
     done = session.run
-    return Finished(done, page, done.traces(), done.comparisons(), spent, time.perf_counter() - started)
+    total = time.perf_counter() - started
+    return Finished(done, page, done.traces(), done.comparisons(), spent, total, session.overlap_seconds)
 
 
 def demo(

@@ -56,14 +56,18 @@ def finished(done: Any, model: str | None = None) -> None:
         trace(chosen)
     out.print()
     out.print(f"report: {done.page}", soft_wrap=True)
-    out.print(stage_seconds(done.seconds, done.total_seconds), soft_wrap=True)
+    out.print(stage_seconds(done.seconds, done.total_seconds, done.overlap_seconds), soft_wrap=True)
 
 
-def stage_seconds(seconds: dict[str, float], total: float) -> str:
-    """`train 96 s · evaluate 31 s · …; 131 s in all`, by stage; stages of models that went side by side add up to more."""
-    spent = " · ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-    beside = ", models side by side" if sum(seconds.values()) > total else ""
-    return f"{spent}; {total:.0f} s in all{beside}"
+def stage_seconds(seconds: dict[str, float], total: float, overlap: float | None) -> str:
+    """`train 96 s · evaluate 31 s · other 4 s (start, imports); 131 s by the clock`: what is in no stage is `other`.
+
+    `overlap` is by how much the stages add up to more since models went side by side; None if they went one after another.
+    """
+    other = max(0.0, total - sum(seconds.values()) + (overlap or 0.0))
+    spent = " · ".join(f"{stage} {value:.0f} s" for stage, value in [*seconds.items(), ("other", other)])
+    beside = "" if overlap is None else "; a stage's seconds are summed over models that went side by side"
+    return f"{spent} (start, imports); {total:.0f} s by the clock{beside}"
 
 
 def qualities(rows: list[LayerQuality]) -> None:

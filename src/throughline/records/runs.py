@@ -6,7 +6,10 @@ from throughline.records.base import Record
 
 
 class StepRecord(Record):
-    """One finished step of a run: what it was made from (`key`), when, and the checksums of its files."""
+    """One finished step of a run: what it was made from (`key`), when, and the checksums of its files.
+
+    `seconds` of steps that were done at once, such as the layers of a block in training, are divided equally among them.
+    """
 
     step: str
     key: str
