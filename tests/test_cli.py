@@ -100,6 +100,8 @@ def test_a_plan_writes_nothing_and_tells_what_is_done(say, tiny, tmp_path):
     changed = ["--set", "training.seed=1", "--out", tiny]
     code, out, _ = say("plan", study, "--devices", "1x24GiB,1x16GiB", *changed)
     assert code == 0 and "layers 0-1 were made from other settings" in out and "0:00:0" in out
+    assert "training ends after 0:00:0" in out and "lower bound 0:00:0" in out and "0.0 GiB" not in out
+    assert "evaluation, features, labels, transfer, traces and the report are not counted" in out
     assert snapshot(tiny.parent) == before
 
 

@@ -126,7 +126,7 @@ def plan(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Jobs, memory, disk and time, before anything is spent."""
+    """Jobs, memory, disk and time of training, before anything is spent."""
     from throughline import api
     from throughline.cli import live, render
 

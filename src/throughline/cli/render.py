@@ -19,6 +19,7 @@ from throughline.records import (
     TransferResult,
     best_labels,
     best_of_families,
+    describe_bytes,
     reaches,
     span,
 )
@@ -320,7 +321,7 @@ def _halted(job: dict[str, Any]) -> str:
 
 
 def plan(made: Plan) -> None:
-    """The jobs in the order in which they start, or where they are many a line a device; totals; what was assumed."""
+    """The jobs of training in the order in which they start, or where they are many a line a device; totals; assumptions."""
     out = console()
     for model in made.models:
         said = [
@@ -333,13 +334,17 @@ def plan(made: Plan) -> None:
         out.print("nothing to train")
         return
     out.print(_table_of_jobs(made) if len(made.jobs) <= MOST_JOBS else _table_of_devices(made))
-    end, work = _clock(made.makespan_seconds), _clock(made.work_seconds)
     out.print(
-        f"ends after {end}, {made.makespan_seconds / made.lower_bound_seconds:.2f} times the lower bound; "
-        f"{work} on one of the fastest devices without splitting; {made.flops:.3g} FLOP",
+        f"training ends after {_clock(made.makespan_seconds)} (h:mm:ss) and takes {made.flops:.3g} FLOP; "
+        "evaluation, features, labels, transfer, traces and the report are not counted",
         soft_wrap=True,
     )
-    disk = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in made.disk_bytes.items())
+    out.print(
+        f"lower bound {_clock(made.lower_bound_seconds)}: however layers are divided among these devices, none can end sooner; "
+        f"on one of the fastest of them alone {_clock(made.work_seconds)}",
+        soft_wrap=True,
+    )
+    disk = ", ".join(f"{name} {describe_bytes(size)}" for name, size in made.disk_bytes.items())
     out.print(f"disk: {disk}", soft_wrap=True)
     for line in made.assumptions:
         explain(out, "assumed", line)
@@ -357,13 +362,12 @@ def explain(out: Console, word: str, meaning: str) -> None:
 def _table_of_jobs(made: Plan) -> Table:
     table = _table("model", "layers", "device", "memory", "disk", "FLOP", "starts", "takes", words=3)
     for job in made.jobs:
-        disk = sum(job.disk_bytes.values()) / 2**30
         table.add_row(
             Text(job.model),
             span(job.layers),
             Text(job.device),
-            f"{job.total_bytes / 2**30:.2f} GiB",
-            f"{disk:.1f} GiB",
+            describe_bytes(job.total_bytes),
+            describe_bytes(sum(job.disk_bytes.values())),
             f"{job.flops:.2g}",
             _clock(job.start_second),
             _clock(job.seconds),
@@ -379,7 +383,7 @@ def _table_of_devices(made: Plan) -> Table:
             Text(device.name),
             Text("; ".join(f"{job.model} {span(job.layers)}" for job in mine) or "none"),
             _clock(max((job.start_second + job.seconds for job in mine), default=0)),
-            f"{max((job.total_bytes for job in mine), default=0) / 2**30:.1f} GiB",
+            describe_bytes(max((job.total_bytes for job in mine), default=0)),
         )
     return table
 

@@ -36,7 +36,17 @@ from throughline.records.features import (
     rank_labels,
     reaches,
 )
-from throughline.records.runs import JobState, Plan, PlannedDevice, PlannedJob, PlannedModel, RunInfo, StepRecord, span
+from throughline.records.runs import (
+    JobState,
+    Plan,
+    PlannedDevice,
+    PlannedJob,
+    PlannedModel,
+    RunInfo,
+    StepRecord,
+    describe_bytes,
+    span,
+)
 from throughline.records.texts import NUM_ROLES, PARTS, TOKEN_KINDS, Document, Fact, Token, role_of
 from throughline.records.traces import (
     ActiveFeature,
@@ -116,6 +126,7 @@ __all__ = [
     "best_labels",
     "best_of_families",
     "complete_labels",
+    "describe_bytes",
     "rank_labels",
     "reaches",
     "role_of",

@@ -113,6 +113,13 @@ class Plan(Record):
     assumptions: list[str]
 
 
+def describe_bytes(size: float) -> str:
+    """`1.5 GiB`, or `12 MiB` where it is less than a tenth of a GiB."""
+    if size < 0.1 * 2**30:
+        return f"{size / 2**20:.0f} MiB" if size >= 2**20 or not size else "1 MiB"
+    return f"{size / 2**30:.1f} GiB"
+
+
 def span(layers: Sequence[int]) -> str:
     """`0-5`, `0-2, 5` or `3`: layers in ascending order, consecutive ones together."""
     known = sorted(set(layers))
