@@ -628,6 +628,7 @@ def test_a_comparison_of_many_prompts(say, copy, tmp_path):
     code, out, err = say("compare", copy, "--prompts", file)
     assert code == 0 and "reading 5 prompts in zoo/gpt2" in err
     assert out.splitlines()[0] == "5 prompts in 2 models"
+    assert "[" not in out and out.count("no interval, where n is less than 10") == 1
     assert max(map(len, out.splitlines())) <= 80
     code, out, err = say("compare", copy, "--prompts", file, "--json")
     assert (code, err) == (0, "")

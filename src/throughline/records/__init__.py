@@ -6,6 +6,7 @@
 from throughline.records.base import Record
 from throughline.records.comparisons import (
     EARLY,
+    FEWEST_OF_INTERVAL,
     ActiveCodes,
     Comparison,
     ComparisonTotals,
@@ -71,6 +72,7 @@ __all__ = [
     "EXAMPLE_COLUMNS",
     "FAMILY_COLUMNS",
     "FEATURE_COLUMNS",
+    "FEWEST_OF_INTERVAL",
     "LABEL_COLUMNS",
     "NULL_QUANTILE",
     "NUM_ROLES",
