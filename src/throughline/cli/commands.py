@@ -248,7 +248,9 @@ def label(
     }
     _print(as_json, found, show, quiet)
     if failed := sum(len(report.failed) for report in reports):
-        typer.echo(f"{failed} features have no label because calls failed; the same command asks again", err=True)
+        typer.echo(
+            f"{failed} features have no label because calls failed; run the same command again to ask again", err=True
+        )
         raise typer.Exit(1)
 
 
