@@ -234,7 +234,7 @@ def test_a_real_process_behaves_alike(tmp_path):  # a fresh one: nothing heavy i
     ("arguments", "expected"),
     [
         (["trace", PROMPT], "this run has 2 models; say which with --model (zoo/pythia, zoo/gpt2)"),
-        (["trace", PROMPT, "--model", "pythja"], "model 'pythja' is unknown; did you mean 'zoo/pythia'?"),
+        (["trace", PROMPT, "--model", "pythja"], "this run has no model 'pythja'; it has zoo/pythia, zoo/gpt2"),
         (["trace", "", "--model", "zoo/pythia"], "the prompt is empty"),
         (["trace", "  \n", "--model", "zoo/pythia"], "the prompt is empty"),
         (["trace", LONG_PROMPT, "--model", "zoo/pythia"], "zoo/pythia sees 64 and needs at least one for the answer"),
@@ -242,7 +242,10 @@ def test_a_real_process_behaves_alike(tmp_path):  # a fresh one: nothing heavy i
         (["compare", "", "--model", "zoo/gpt2", "--model", "zoo/pythia"], "the prompt is empty"),
         (["compare", LONG_PROMPT], "needs at least one for the answer"),
         (["compare", PROMPT, "--model", "zoo/gpt2"], "compare needs two models or more, found zoo/gpt2"),
-        (["compare", PROMPT, "--model", "zoo/gpt2", "--model", "phi"], "model 'phi' is unknown"),
+        (
+            ["compare", PROMPT, "--model", "zoo/gpt2", "--model", "phi"],
+            "this run has no model 'phi'; it has zoo/pythia, zoo/gpt2",
+        ),
         (["transfer", "--metric", "machting"], "metric 'machting' is unknown; did you mean 'matching'?"),
         (["transfer", "--metric", "no.module:Metric"], "metric 'no.module:Metric' cannot be loaded"),
     ],
