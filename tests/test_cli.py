@@ -745,7 +745,7 @@ def test_the_status_of_a_run_half_done(say, copy, age, more, state):
     shown = say("status", copy)[1]
     sign = {"running": ">>", "stopped": "!!", "failed": "xx", "waiting": ".."}[state]
     assert re.search(rf"zoo/gpt2 +{re.escape(sign)} +{state}", shown)
-    assert f"2 of 4 layers trained, 2 {state}" in shown
+    assert f"2 of 4 layers trained, 2 {state}" in shown and "# = done" in shown and f"{sign[0]} = {state}" in shown
     shown = re.sub(" +", " ", shown)
     expected = {
         "running": "cpu zoo/gpt2 0-1 7/93 0.1500 8.0 0% 5,000 0:12",

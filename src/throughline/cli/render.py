@@ -270,7 +270,7 @@ def status_view(found: dict[str, Any]) -> Group:
         done = ["done" if model["steps"][s] else "waiting" for s in ("features", "label")]
         table.add_row(name, _grid_row(model["layers"]), model["state"], _gate_of(model), *done)
     signs = {layer["state"] for model in found["models"].values() for layer in model["layers"].values()}
-    legend = "  ".join(f"{SIGNS[state]} {state}" for state in SIGNS if state in signs)
+    legend = "  ".join(f"{SIGNS[state]} = {state}" for state in SIGNS if state in signs)
     parts += [Text(), table, Text(legend)] if legend else [Text(), table]
     for model in found["models"].values():
         parts += [Text(line) for line in map(_halted, model["jobs"]) if line]

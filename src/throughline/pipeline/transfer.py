@@ -34,7 +34,9 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
                 if all(is_done(session, step) for step in steps):
                     continue
                 if not announced:
-                    session.say(f"transfer: about {transfer_gib(run, study):.1f} GiB of memory, beside the models")
+                    session.say(
+                        f"transfer needs about {transfer_gib(run, study):.1f} GiB of memory, and that of the models"
+                    )
                     announced = True
                 session.say(_describe(metric, source, target))
                 with session.timed("transfer"), run.steps(dict(steps)) as files:
