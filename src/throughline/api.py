@@ -103,7 +103,9 @@ def plan(
     leave_out_unused()
     from throughline.planning.calibration import find_devices
     from throughline.planning.studies import count_models, place_models
+    from throughline.text import announce_hub
 
+    announce_hub(loaded.data, say)
     counted = count_models(loaded, run.manifest(), run.imported) if run else count_models(loaded, {})
     if named is None:
         say("measuring this machine")
@@ -572,7 +574,7 @@ def _begin(
     from throughline.session import Session
 
     chosen = choose_device(device)
-    depths = check_study(study)
+    depths = check_study(study, say)
     with RunDir(place).held():
         run = RunDir.create(place, study)
         run.update_info(random_weights=[spec.name for spec in study.models if spec.weights == "random"], depths=depths)

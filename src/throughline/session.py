@@ -19,7 +19,7 @@ from throughline.models import LanguageModel, open_model
 from throughline.records import Document
 from throughline.run_dir import RunDir
 from throughline.study import ModelSpec, Study
-from throughline.text import read_documents
+from throughline.text import announce_hub, read_documents
 from throughline.tokens import TokenRows, collect_rows, take_documents
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ class Session:
 
     def _take(self, split: str, seed: int, num_tokens: int) -> list[Document]:
         first = self.study.models[0].name
+        announce_hub(self.study.data, self.say)
         documents = read_documents(self.study.data, split, seed)
         return take_documents(documents, self.model(first).tokenizer, num_tokens, self.context(first))
 
