@@ -130,7 +130,7 @@ def plan(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Jobs, memory, disk and time of training, before anything is spent."""
+    """What training takes: jobs, memory, disk and time."""
     from throughline import api
     from throughline.cli import live, render
 
