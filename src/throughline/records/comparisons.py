@@ -34,7 +34,7 @@ Standing = Literal["universal", "shared", "specific"]
 
 
 class Estimate(Record):
-    """A mean or share of n, with its 95 % bootstrap interval: none where n is less than FEWEST_OF_INTERVAL. None of nothing."""
+    """A mean or share of n, with its 95 % bootstrap interval: none where n is less than 10, and None of nothing."""
 
     value: float | None
     low: float | None
