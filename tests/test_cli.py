@@ -387,7 +387,11 @@ def test_interruption_is_one_line(say, monkeypatch, tmp_path):
 
     monkeypatch.setattr(api, "train", interrupted)
     code, out, err = say("train", written_study(tmp_path))
-    assert (code, out, err) == (130, "", "throughline: stopped; train and run continue with --resume\n")
+    assert (code, out, err) == (
+        130,
+        "",
+        "throughline: stopped; train and run continue with --resume, demo with the same command\n",
+    )
 
 
 def test_a_full_disk_is_one_line(say, monkeypatch, tmp_path):
