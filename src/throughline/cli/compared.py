@@ -141,8 +141,8 @@ def _standings(
 def _say_partner(out: Console, threshold: str) -> None:
     _say(
         out,
-        "A feature's partner in another model is the feature, of any layer, that correlates with it most, if it passes the "
-        f"threshold: {threshold}.",
+        "A feature's partner in another model is the feature, of any layer, that correlates with it most, if the correlation is "
+        f"above the {threshold}.",
     )
 
 
