@@ -80,7 +80,9 @@ def describe_many(found: ComparisonTotals) -> list[str]:
 
 def describe(found: Estimate) -> str:
     """`55% [54%, 56%]`."""
-    return "" if found.value is None else f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}]"
+    if found.value is None:
+        return ""
+    return f"{found.value:.0%}" + ("" if found.low is None else f" [{found.low:.0%}, {found.high:.0%}]")
 
 
 def describe_life(found: ConceptInModel) -> str:

@@ -18,12 +18,13 @@ import pytest
 import yaml
 
 from throughline import api
-from throughline.cli import main
+from throughline.cli import main, traced
+from throughline.cli.render import stage_seconds
 from throughline.errors import GateError, InputError
-from throughline.records import JobState
+from throughline.records import FaithfulnessPoint, JobState
 from throughline.run_dir import RunDir
 from throughline.session import Session
-from throughline.study import parse_study
+from throughline.study import load_study, parse_study
 from throughline.tokens import encode_prompt
 from throughline.tracing import read_prompts
 from throughline.tracing.answer import find_answer, spell
@@ -99,6 +100,8 @@ def test_a_plan_writes_nothing_and_tells_what_is_done(say, tiny, tmp_path):
     changed = ["--set", "training.seed=1", "--out", tiny]
     code, out, _ = say("plan", study, "--devices", "1x24GiB,1x16GiB", *changed)
     assert code == 0 and "layers 0-1 were made from other settings" in out and "0:00:0" in out
+    assert "training ends after 0:00:0" in out and "lower bound 0:00:0" in out and "0.0 GiB" not in out
+    assert "evaluation, features, labels, transfer, traces and the report are not counted" in out
     assert snapshot(tiny.parent) == before
 
 
@@ -157,7 +160,10 @@ def test_a_study_that_cannot_work_is_refused_before_anything_is_written(
         (tmp_path / name).touch()
     study = written_study(tmp_path, **changes)
     before = snapshot(tmp_path)
-    assert expected in refused(say(command, study, "--out", tmp_path / "out"))
+    code, out, err = say(command, study, "--out", tmp_path / "out")
+    announced = "reading someone/some-data from the Hugging Face hub\n"  # what may take long is said first
+    assert (announced in err) == ("some-data" in expected)
+    assert expected in refused((code, out, err.removeprefix(announced)))
     assert not (tmp_path / "out").exists()
     assert snapshot(tmp_path) == before
 
@@ -189,6 +195,26 @@ def test_an_existing_run_is_not_touched_without_resume(say, tiny):
     assert snapshot(tiny) == before
 
 
+def test_another_study_does_not_take_the_place_of_one(say, tiny, tmp_path):
+    before = snapshot(tiny)
+    other = written_study(tmp_path, name="other")
+    for command in ("train", "run"):
+        message = refused(say(command, other, "--out", tiny, "--resume"))
+        assert "holds the run of study 'tiny' (zoo/pythia, zoo/gpt2)" in message
+    assert "holds the run of study 'tiny'" in refused(say("demo", "--out", tiny))
+    assert snapshot(tiny) == before
+
+
+def test_the_demo_and_its_short_form_do_not_replace_each_other(say, tmp_path):
+    demo = load_study(Path(api.__file__).parent / "presets" / "demo.yaml")
+    RunDir.create(tmp_path / "run", demo)
+    before = snapshot(tmp_path)
+    message = refused(say("demo", "--short", "--out", tmp_path / "run"))
+    assert "zoo/gemma), with other settings in models, training, evaluation; give another folder with --out" in message
+    assert snapshot(tmp_path) == before
+    assert api.place_of_demo(None, short=False) != api.place_of_demo(None, short=True)
+
+
 def test_other_folders_and_files_are_never_written_into(say, tmp_path):
     study = written_study(tmp_path)
     assert "is not empty and not a run folder" in refused(say("train", study, "--out", tmp_path, "--resume"))
@@ -211,7 +237,7 @@ def test_a_real_process_behaves_alike(tmp_path):  # a fresh one: nothing heavy i
     ("arguments", "expected"),
     [
         (["trace", PROMPT], "this run has 2 models; say which with --model (zoo/pythia, zoo/gpt2)"),
-        (["trace", PROMPT, "--model", "pythja"], "model 'pythja' is unknown; did you mean 'zoo/pythia'?"),
+        (["trace", PROMPT, "--model", "pythja"], "this run has no model 'pythja'; it has zoo/pythia, zoo/gpt2"),
         (["trace", "", "--model", "zoo/pythia"], "the prompt is empty"),
         (["trace", "  \n", "--model", "zoo/pythia"], "the prompt is empty"),
         (["trace", LONG_PROMPT, "--model", "zoo/pythia"], "zoo/pythia sees 64 and needs at least one for the answer"),
@@ -219,7 +245,10 @@ def test_a_real_process_behaves_alike(tmp_path):  # a fresh one: nothing heavy i
         (["compare", "", "--model", "zoo/gpt2", "--model", "zoo/pythia"], "the prompt is empty"),
         (["compare", LONG_PROMPT], "needs at least one for the answer"),
         (["compare", PROMPT, "--model", "zoo/gpt2"], "compare needs two models or more, found zoo/gpt2"),
-        (["compare", PROMPT, "--model", "zoo/gpt2", "--model", "phi"], "model 'phi' is unknown"),
+        (
+            ["compare", PROMPT, "--model", "zoo/gpt2", "--model", "phi"],
+            "this run has no model 'phi'; it has zoo/pythia, zoo/gpt2",
+        ),
         (["transfer", "--metric", "machting"], "metric 'machting' is unknown; did you mean 'matching'?"),
         (["transfer", "--metric", "no.module:Metric"], "metric 'no.module:Metric' cannot be loaded"),
     ],
@@ -358,7 +387,11 @@ def test_interruption_is_one_line(say, monkeypatch, tmp_path):
 
     monkeypatch.setattr(api, "train", interrupted)
     code, out, err = say("train", written_study(tmp_path))
-    assert (code, out, err) == (130, "", "throughline: stopped; train and run continue with --resume\n")
+    assert (code, out, err) == (
+        130,
+        "",
+        "throughline: stopped; train and run continue with --resume, demo with the same command\n",
+    )
 
 
 def test_a_full_disk_is_one_line(say, monkeypatch, tmp_path):
@@ -441,6 +474,28 @@ def test_the_report_says_where_it_is(say, copy):
     assert page.exists()
 
 
+def test_a_finished_step_has_the_seconds_of_its_work(tiny):
+    run = RunDir.open(tiny)
+    for stage in ("transfer", "features"):
+        of_steps = sum(step.seconds for name, step in run.manifest().items() if name.startswith(f"{stage}/"))
+        assert of_steps == pytest.approx(run.info().seconds[stage], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "line"),
+    [
+        (None, "train 96 s · report 31 s · other 4 s (start, imports); 131 s by the clock"),
+        (
+            40.0,
+            "train 96 s · report 31 s · other 44 s (start, imports); 131 s by the clock; a stage's seconds are summed",
+        ),
+    ],
+)
+def test_the_seconds_of_the_last_line_add_up(overlap, line):
+    said = stage_seconds({"train": 96.0, "report": 31.0}, 131.0, overlap)
+    assert said.startswith(line) and ("side by side" in said) == (overlap is not None)
+
+
 def test_a_trace_in_words(say, copy):
     code, out, err = say("trace", copy, PROMPT, "--model", "zoo/pythia")
     assert (code, err) == (0, "")
@@ -454,7 +509,28 @@ def test_a_trace_in_words(say, copy):
     assert shown and all(re.search(effect, x) for x in shown)
     assert "What is 15 + 24?" in out and "carry: 1 becomes 0" in out  # what "off" is
     assert "a random feature, switched off" in out and "replacement" in out
+    for explained in (
+        "features of largest predicted effect",
+        "of the lead of the token that it ends in",
+        "features × tokens",
+    ):
+        assert explained in out
     assert re.search(r"all of it off: predicted [+-]\d+\.\d\d, measured [+-]\d+\.\d\d", out)
+
+
+def test_a_printed_trace_marks_every_set_of_nodes_with_which_the_answer_changes(tiny, capsys):
+    found = next(t for t in RunDir.open(tiny).traces() if t.verification)
+    assert found.verification
+    points = [
+        FaithfulnessPoint(num=n, faithfulness=0.5, completeness=0.25, random=0.75, random_kept=share, answer_kept=kept)
+        for n, share, kept in ((0, 0.0, False), (4, 0.0, True), (16, 0.2, False))
+    ]
+    checked = found.verification.model_copy(update={"faithfulness": points})
+    traced.trace(found.model_copy(update={"verification": checked}))
+    out = capsys.readouterr().out
+    assert re.search(r"most influential +0\.50\* +0\.50 +0\.50\*", out)
+    assert re.search(r"random +0\.75\* +0\.75\* +0\.75 *\n", out)
+    assert re.search(r"all but these +0\.25 +0\.25 +0\.25 *\n\* the answer changes", out)
 
 
 def test_a_quick_look_says_that_nothing_was_measured(say, copy):
@@ -540,7 +616,7 @@ def test_a_comparison(say, copy):
     code, out, err = say("compare", copy, PROMPT)
     assert (code, err) == (0, "")
     assert out.count('"42"') == 2
-    assert "above the 99.9%" in out
+    assert "above the 99.9%" in " ".join(out.split())
     found = json.loads(say("compare", copy, PROMPT, "--json")[1])
     assert found["models"] == ["zoo/pythia", "zoo/gpt2"]
     for name, mine in found["standings"].items():
@@ -562,6 +638,7 @@ def test_a_comparison_of_many_prompts(say, copy, tmp_path):
     code, out, err = say("compare", copy, "--prompts", file)
     assert code == 0 and "reading 5 prompts in zoo/gpt2" in err
     assert out.splitlines()[0] == "5 prompts in 2 models"
+    assert "[" not in out and out.count("no interval, where n is less than 10") == 1
     assert max(map(len, out.splitlines())) <= 80
     code, out, err = say("compare", copy, "--prompts", file, "--json")
     assert (code, err) == (0, "")
@@ -675,7 +752,7 @@ def test_the_status_of_a_run_half_done(say, copy, age, more, state):
     shown = say("status", copy)[1]
     sign = {"running": ">>", "stopped": "!!", "failed": "xx", "waiting": ".."}[state]
     assert re.search(rf"zoo/gpt2 +{re.escape(sign)} +{state}", shown)
-    assert f"2 of 4 layers trained, 2 {state}" in shown
+    assert f"2 of 4 layers trained, 2 {state}" in shown and "# = done" in shown and f"{sign[0]} = {state}" in shown
     shown = re.sub(" +", " ", shown)
     expected = {
         "running": "cpu zoo/gpt2 0-1 7/93 0.1500 8.0 0% 5,000 0:12",

@@ -248,7 +248,10 @@ def test_ctrl_c_is_exit_code_130(folder, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     code, _, err = said(process)
-    assert (code, err.splitlines()[-1]) == (130, "throughline: stopped; train and run continue with --resume")
+    assert (code, err.splitlines()[-1]) == (
+        130,
+        "throughline: stopped; train and run continue with --resume, demo with the same command",
+    )
 
 
 def write_much() -> None:

@@ -7,6 +7,7 @@ import pytest
 from synthetic_run import MODELS, SyntheticModel, make_trace, make_transfer
 from throughline.comparing import compare_prompts, compare_traces
 from throughline.comparing.concepts import family_of
+from throughline.comparing.standings import estimate
 from throughline.records import (
     ActiveCodes,
     ActiveFeature,
@@ -140,7 +141,7 @@ def test_a_feature_counts_once_and_only_if_it_is_frequent_enough_to_be_judged():
     mine = found.standings[A.name]
     assert (mine.num_active, mine.num_rare, mine.active["universal"].n) == (2, 1, 2)
     assert shares(found, A) == [0.5, 0, 0.5]
-    assert mine.active["universal"].low == 0 and mine.active["universal"].high == 1  # of two features nothing is sure
+    assert mine.active["universal"].low is None  # of two features nothing is sure
     assert (found.standings[B.name].num_active, found.standings[B.name].num_rare) == (0, 1)
 
 
@@ -337,6 +338,13 @@ def test_totals_know_where_a_concept_is_true():
         "true), n = 20"
     )
     assert ComparisonTotals.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(("num", "has_interval"), [(0, False), (2, False), (9, False), (10, True)])
+def test_an_interval_is_of_ten_values_or_more(num, has_interval):
+    found = estimate(np.ones(num), seed=0)
+    assert (found.low is not None) == (found.high is not None) == has_interval
+    assert (found.n, found.value) == (num, 1.0 if num else None)
 
 
 def test_totals_of_unknown_texts_count_where_some_model_has_the_concept():

@@ -501,7 +501,7 @@ def test_a_run_can_begin_with_an_import(say, tmp_path, foreign):
     ("arguments", "said"),
     [
         (["--layer", 4], "layer 4 of zoo/gpt2 is not in this run, which has 0, 1"),
-        (["--layer", 1, "--model", "zoo/phi"], "model 'zoo/phi' is unknown"),
+        (["--layer", 1, "--model", "zoo/phi"], "this run has no model 'zoo/phi'; it has "),
         (["--layer", 1, "--from", "sparsify"], "cfg.json does not exist"),
         ([], "Missing option '--layer'"),
     ],
@@ -579,7 +579,7 @@ def test_gemma_scope_folders_say_width_and_l0(say, copy, tmp_path):
         (["--to", "sparsify", "--hub-layout"], "--hub-layout is SAELens' layout of a repository"),
         (["--to", "saelens", "--layers", "0-7"], "layer 2 of zoo/gpt2 has no dictionary in"),
         (["--to", "saelens", "--layers", "all"], "--layers expects numbers and spans such as 0-3,6, found 'all'"),
-        (["--to", "saelens", "--model", "gpt3"], "model 'gpt3' is unknown"),
+        (["--to", "saelens", "--model", "gpt3"], "this run has no model 'gpt3'; it has "),
     ],
 )
 def test_wrong_exports_write_nothing(say, tiny, tmp_path, arguments, said):

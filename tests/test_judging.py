@@ -320,8 +320,9 @@ def test_cost_in_words_and_money():
     assert price_of(spec, 1_000_000, 500_000) == 6
     line = cost.describe(spec)
     assert "3 features by m at http://nowhere/v1: 60 calls (5 more are answered already)" in line
-    assert line.endswith("about 2.40, at most 6.00, by the prices in features.llm")
-    assert cost.describe(SPEC).endswith("; no prices in features.llm")
+    assert line.endswith("price about 2.40, at most 6.00, by price_in and price_out of features.llm")
+    assert "50,000 of answers (500,000 if every answer is as long as it may be)" in line
+    assert "; the price is not known, since features.llm has no price_in and price_out" in cost.describe(SPEC)
 
 
 # ---- which label is shown

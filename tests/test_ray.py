@@ -166,7 +166,10 @@ def test_a_cluster_on_this_machine_is_gone_at_the_end_and_after_an_interruption(
     training.wait_for_a_job(driver)
     driver.send_signal(2)
     assert driver.wait() == 130
-    assert training.said.splitlines()[-1] == "throughline: stopped; train and run continue with --resume"
+    assert (
+        training.said.splitlines()[-1]
+        == "throughline: stopped; train and run continue with --resume, demo with the same command"
+    )
     assert not processes_of(training.run.root)
 
 

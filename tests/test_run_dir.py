@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import polars as pl
@@ -215,6 +216,12 @@ def test_the_manifest_says_when_and_from_what(run):
     assert step["seconds"] >= 0
     assert set(step["files"]) == {"models/a/file.txt"}
     assert len(step["files"]["models/a/file.txt"]) == 64
+
+
+def test_steps_that_are_done_at_once_share_the_seconds(run):
+    with run.steps({"train/a/0": "k", "train/a/1": "k"}):
+        time.sleep(0.1)
+    assert 0.05 <= run.manifest()["train/a/0"].seconds == run.manifest()["train/a/1"].seconds < 0.1
 
 
 def test_keys_tell_values_apart_and_nothing_else():

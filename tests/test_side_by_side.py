@@ -99,6 +99,8 @@ def test_the_same_files_as_one_after_another(one_after_another, tmp_path):
     assert {"evaluating zoo/pythia", "labelling the features of zoo/gpt2"} <= set(said)
     stages = {"train", "evaluate", "features", "label", "transfer", "report"}
     assert set(finished.seconds) == stages and min(finished.seconds.values()) > 0
+    assert finished.overlap_seconds is not None
+    assert sum(finished.seconds.values()) - finished.overlap_seconds <= finished.total_seconds
     noted = RunDir.open(tmp_path / "run").info().seconds
     assert noted == pytest.approx(finished.seconds, abs=1e-3)
     api.run(tmp_path / "study.yaml", tmp_path / "run", device="cpu", resume=True)  # finds all of it done

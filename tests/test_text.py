@@ -13,7 +13,7 @@ import pytest
 from throughline.errors import InputError
 from throughline.records import Document
 from throughline.study import DataSpec
-from throughline.text import is_heldout, measure_text, read_documents
+from throughline.text import announce_hub, is_heldout, measure_text, read_documents
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"{2 * i}, né {i} 🙂"} for i in range(60)]
@@ -233,7 +233,17 @@ def test_hub_failures_say_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "datasets", Hub([], ConnectionError("no\nroute")))  # type: ignore[arg-type]
     said = message(spec("nobody/nothing", config="c"))
     assert "hub dataset 'nobody/nothing', config 'c', split 'train' cannot be read: no route" in said
-    assert ".txt .jsonl .csv .parquet" in said
+    assert "offline the text must be a local file or folder (.txt .jsonl .csv .parquet)" in said
+
+
+def test_only_a_hub_dataset_is_announced(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    said: list[str] = []
+    for path in ("zoo/arithmetic", tmp_path, tmp_path / "a.jsonl", "none.txt", "./none"):
+        announce_hub(spec(path), said.append)
+    assert not said
+    announce_hub(spec("openai/gsm8k"), said.append)
+    assert said == ["reading openai/gsm8k from the Hugging Face hub"]
 
 
 def test_local_text_is_measured_and_endless_text_is_not(tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def plan(
     leave_out_unused()
     from throughline.planning.calibration import find_devices
     from throughline.planning.studies import count_models, place_models
+    from throughline.text import announce_hub
 
+    announce_hub(loaded.data, say)
     counted = count_models(loaded, run.manifest(), run.imported) if run else count_models(loaded, {})
     if named is None:
         say("measuring this machine")
@@ -383,7 +385,11 @@ def import_sae(
 
     `from_` is saelens, sparsify, gemma-scope or dictionary-learning; auto tells it from the files. The layer counts as trained.
     """
-    working = _go_on(run, device, say) if study is None else _begin(load_study(study), run, True, device, say)
+    working = (
+        _go_on(run, device, say)
+        if study is None
+        else _begin(load_study(study), run, True, device, say, same_study=True)
+    )
     with working as session:
         from throughline.interop import import_dictionary
 
@@ -418,6 +424,7 @@ class Finished:
     comparisons: list[Comparison]
     seconds: dict[str, float]  # of each stage this time; models that went side by side are summed
     total_seconds: float  # by the clock
+    overlap_seconds: float | None = None  # that models side by side spent at once; None if they went one after another
 
 
 def run(
@@ -432,9 +439,11 @@ def run(
     approve: "Approve | None" = None,
     first: str | None = None,
     on_trace: Callable[[Trace], None] | None = None,
+    same_study: bool = False,
 ) -> Finished:
     """Train, evaluate, describe, label, relate, trace and report; what is done from the same settings is skipped.
 
+    `resume` goes on with a run that is there, also from changed settings; with `same_study` InputError if they changed.
     A study whose labels an endpoint is asked for needs `approve`, which is told what that costs and returns True or False.
     Where models go side by side, `on_trace` is given a trace of the study's first prompt, if it has one, in the model `first` as
     soon as that has labels.
@@ -444,7 +453,8 @@ def run(
     asked = loaded.features.asked
     if asked and asked.base_url and approve is None:  # hours before the question would come
         raise InputError(f"features.labelers has llm, which sends texts to {asked.base_url}; --yes lets it")
-    with _begin(loaded, out, resume, device, say) as session, session.noting_seconds() as spent:
+    working = _begin(loaded, out, resume, device, say, same_study=same_study)
+    with working as session, session.noting_seconds() as spent:
         from throughline import pipeline
 
         say(f"{loaded.name}: {', '.join(spec.name for spec in loaded.models)}; into {place_of(loaded, out)}")
@@ -460,31 +470,41 @@ def run(
         with session.timed("report"):
             page = report(session.run)
     done = session.run
-    return Finished(done, page, done.traces(), done.comparisons(), spent, time.perf_counter() - started)
+    total = time.perf_counter() - started
+    return Finished(done, page, done.traces(), done.comparisons(), spent, total, session.overlap_seconds)
 
 
 def demo(
-    out: str | Path = "runs/demo",
+    out: str | Path | None = None,
     short: bool = False,
     device: str | None = None,
     say: Say = silent,
     progress: Callable[[Any], None] = ignore,
     on_trace: Callable[[Trace], None] | None = None,
 ) -> Finished:
-    """The whole road on the four bundled models, offline. `short` takes two models and a fifth of the text."""
+    """The whole road on the four bundled models, offline. `short` takes two models and half of the text.
+
+    Goes on with a demo that was stopped; InputError if another run lies at `out` (None: `place_of_demo`).
+    """
     preset = str(files("throughline") / "presets" / "demo.yaml")
     settings: list[str] = list(SHORT_DEMO) if short else []
     return run(
         preset,
-        out,
+        place_of_demo(out, short),
         settings,
         resume=True,
+        same_study=True,
         device=device,
         say=say,
         progress=progress,
         first=DEMO_TRACED,
         on_trace=on_trace,
     )
+
+
+def place_of_demo(out: str | Path | None, short: bool) -> str | Path:
+    """Where the demo's run lies: `out`, or runs/demo, or runs/demo-short."""
+    return out or ("runs/demo-short" if short else "runs/demo")
 
 
 DEMO_TRACED = "zoo/pythia"  # whose trace the demo prints
@@ -532,8 +552,13 @@ def place_of(study: Study, out: str | Path | None) -> str | Path:
 
 
 @contextmanager
-def _begin(study: Study, out: str | Path | None, resume: bool, device: str | None, say: Say) -> Iterator[Any]:
-    """A session of the study's run, held while the block runs; nothing is written before all that can be checked is right."""
+def _begin(
+    study: Study, out: str | Path | None, resume: bool, device: str | None, say: Say, *, same_study: bool = False
+) -> Iterator[Any]:
+    """A session of the study's run, held while the block runs; nothing is written before all that can be checked is right.
+
+    A run that is there takes the settings of `study` in place of its own, unless that is another study, or `same_study`.
+    """
     place = place_of(study, out)
     storage = RunDir(place).storage
     storage.require_folder()
@@ -542,16 +567,33 @@ def _begin(study: Study, out: str | Path | None, resume: bool, device: str | Non
             raise InputError(f"{place} is not empty and not a run folder; give another with --out")
         if not resume:
             raise InputError(f"{place} holds a run already; continue it with --resume, or give another with --out")
+        if storage.has("study.yaml"):  # not yet where the run was stopped at once
+            _refuse_another_study(RunDir(place), study, same_study)
     leave_out_unused()
     from throughline.pipeline import check_study
     from throughline.session import Session
 
     chosen = choose_device(device)
-    depths = check_study(study)
+    depths = check_study(study, say)
     with RunDir(place).held():
         run = RunDir.create(place, study)
         run.update_info(random_weights=[spec.name for spec in study.models if spec.weights == "random"], depths=depths)
         yield Session(run, chosen, say)
+
+
+def _refuse_another_study(run: RunDir, wanted: Study, same_settings: bool) -> None:
+    """InputError if a run is of a study of another name, or with `same_settings` of one that differs in anything."""
+    # as plain values: the run may be of a version that had other fields
+    there, new = (yaml.safe_load(text) for text in (run.read_text("study.yaml"), dump_study(wanted)))
+    if there == new or (there.get("name") == wanted.name and not same_settings):
+        return
+    parts = [name for name in new if name != "name" and there.get(name) != new[name]]
+    models = ", ".join(spec["name"] or spec["path"] for spec in there.get("models", []))
+    differs = f", with other settings in {', '.join(parts)}" if parts else ""
+    raise InputError(
+        f"{run.place} holds the run of study {there.get('name')!r} ({models}){differs}; "
+        "give another folder with --out, or remove this one"
+    )
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Asking:
         if self._spec.base_url and cost.num_calls and not approve(line):
             raise InputError(
                 f"nothing was sent: {cost.num_calls:,} calls to {self._spec.base_url} need a yes; "
-                "the same command with --yes sends them"
+                "run the same command with --yes to send them"
             )
 
     def label(self, prepared: Prepared) -> tuple[pl.DataFrame, AskedLabels]:
@@ -109,5 +109,5 @@ class Asking:
         except CallError as error:
             where = f"{spec.model} at {spec.base_url}" if spec.base_url else f"{spec.path}"
             key = f", and is its key in {spec.key_variable}" if spec.key_variable else ""
-            advice = f". Is it running{key}? The same command goes on" if spec.base_url else ""
+            advice = f". Is it running{key}? Run the same command again to go on" if spec.base_url else ""
             raise InputError(f"{where} answered no call, so nothing was labelled: {error}{advice}") from None

@@ -212,12 +212,13 @@ class RunDir:
     @contextmanager
     def steps(self, keys: dict[str, str], check: Callable[[], None] = lambda: None) -> Iterator[dict[str, list[str]]]:
         """Do several steps at once, by name and key; the block appends to the files of each, and takes out what was not done.
+        Each has an equal share of the seconds, so that those of all steps add up to what was spent.
 
         `check` is asked before each is noted, and raises if it may not be.
         """
         started, clock, files = _now(), time.perf_counter(), {name: [] for name in keys}
         yield files
-        seconds = round(time.perf_counter() - clock, 3)
+        seconds = round((time.perf_counter() - clock) / max(1, len(files)), 3)
         for name in files:
             check()
             self.storage.push(*files[name])

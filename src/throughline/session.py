@@ -19,7 +19,7 @@ from throughline.models import LanguageModel, open_model
 from throughline.records import Document
 from throughline.run_dir import RunDir
 from throughline.study import ModelSpec, Study
-from throughline.text import read_documents
+from throughline.text import announce_hub, read_documents
 from throughline.tokens import TokenRows, collect_rows, take_documents
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class Session:
         self._codes: dict[tuple[str, str], list[Codes]] = {}  # by model and text: of its dictionaries, and of its twins
         self._warned = False
         self._seconds: defaultdict[str, float] = defaultdict(float)  # by stage
+        self.overlap_seconds: float | None = (
+            None  # that models side by side spent at once; None where none went side by side
+        )
 
     # ---- time and threads
 
@@ -59,6 +62,14 @@ class Session:
         """Count what another process spent."""
         for stage, value in seconds.items():
             self._seconds[stage] += value
+
+    @contextmanager
+    def side_by_side(self) -> Iterator[None]:
+        """Note by how much the seconds that stages are given in the block exceed those of the clock."""
+        started, before = time.perf_counter(), sum(self._seconds.values())
+        yield
+        spent = sum(self._seconds.values()) - before
+        self.overlap_seconds = max(0.0, spent - (time.perf_counter() - started))
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds by stage since this was last asked."""
@@ -192,6 +203,7 @@ class Session:
 
     def _take(self, split: str, seed: int, num_tokens: int) -> list[Document]:
         first = self.study.models[0].name
+        announce_hub(self.study.data, self.say)
         documents = read_documents(self.study.data, split, seed)
         return take_documents(documents, self.model(first).tokenizer, num_tokens, self.context(first))
 

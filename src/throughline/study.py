@@ -621,7 +621,7 @@ class Study(Section):
         if name is None:
             raise InputError(f"this run has {len(names)} models; say which with --model ({', '.join(names)})")
         if name not in names:
-            raise InputError(unknown("model", name, names))
+            raise InputError(f"this run has no model {name!r}; it has {', '.join(names)}")
         return self.models[names.index(name)]
 
     def dictionary_for(self, model: ModelSpec) -> DictionarySpec:

@@ -7,7 +7,7 @@ share of every long stretch, and never the same neighbours together (Knuth, The 
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
@@ -41,6 +41,18 @@ def read_documents(data: DataSpec, split: str, seed: int = 0) -> Iterator[Docume
     if data.path.startswith("zoo/"):
         raise InputError(f"data.path {data.path!r} is unknown; the zoo's only text is zoo/arithmetic")
     return _split(_compose(_rows(data), _parse(data.text)), data, split)
+
+
+def is_hub_dataset(data: DataSpec) -> bool:
+    """True if the text is fetched from the Hugging Face hub: the path is neither the zoo's nor there, nor looks like a file."""
+    path = Path(data.path).expanduser()
+    return not (data.path.startswith("zoo/") or path.exists() or _must_be_local(data.path))
+
+
+def announce_hub(data: DataSpec, say: Callable[[str], None]) -> None:
+    """Say that a hub dataset is about to be read: the network can let one wait for minutes."""
+    if is_hub_dataset(data):
+        say(f"reading {data.path} from the Hugging Face hub")
 
 
 def measure_text(data: DataSpec) -> int | None:
@@ -124,11 +136,15 @@ def _rows(data: DataSpec) -> Iterator[Row]:
         if path.suffix.lower() not in SUFFIXES:
             raise InputError(f"{path} should be one of {' '.join(SUFFIXES)}, found {path.suffix or 'no suffix'}")
         return _read_files([path], data)
-    if path.suffix.lower() in SUFFIXES or data.path.startswith((".", "/", "~")):
+    if _must_be_local(data.path):
         raise InputError(
             f"data.path {data.path} does not exist; expected a {' '.join(SUFFIXES)} file, a folder or a hub id"
         )
     return _read_hub(data)
+
+
+def _must_be_local(path: str) -> bool:
+    return Path(path).suffix.lower() in SUFFIXES or path.startswith((".", "/", "~"))
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -227,8 +243,8 @@ def _read_hub(data: DataSpec) -> Iterator[Row]:
         raise
     except Exception as error:  # the hub's client raises many kinds, some of them its dependencies'
         raise InputError(
-            f"{asked} cannot be read: {_one_line(error)}; check the name and the connection, "
-            f"or give a local file or folder ({' '.join(SUFFIXES)})"
+            f"{asked} cannot be read: {_one_line(error)}; check the name and the connection; "
+            f"offline the text must be a local file or folder ({' '.join(SUFFIXES)})"
         ) from None
 
 

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{where}{error.strerror or error}", 2 if error.errno in USER_CAN_MEND else 1)
     if code == STOPPED:
-        _end("stopped; train and run continue with --resume", STOPPED)
+        _end("stopped; train and run continue with --resume, demo with the same command", STOPPED)
     sys.exit(code)
 
 

@@ -25,11 +25,13 @@ Out = Annotated[
     str | None, typer.Option(help="run folder, or a URL; default runs/<name of the study>", show_default=False)
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="change a setting: a.b=value", show_default=False)]
-Resume = Annotated[bool, typer.Option("--resume", help="continue an existing run, or start it")]
-Force = Annotated[bool, typer.Option("--force", help="go on though dictionaries failed the quality gate")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue the run if there is one, or start it")]
+Force = Annotated[bool, typer.Option("--force", help="continue even if dictionaries failed the quality gate")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda[:n] or mps; default the best there is", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print errors only")]
-Yes = Annotated[bool, typer.Option("--yes", help="let labels be asked of an endpoint, whatever that costs")]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="send calls for labels to an endpoint without asking first, whatever they cost")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
@@ -52,7 +54,10 @@ def _root(
 
 @app.command()
 def demo(
-    out: Annotated[str, typer.Option(help="run folder, or a URL")] = "runs/demo",
+    out: Annotated[
+        str | None,
+        typer.Option(help="run folder, or a URL; default runs/demo, with --short runs/demo-short", show_default=False),
+    ] = None,
     short: Annotated[bool, typer.Option("--short", help="two models and less text, for a quick check")] = False,
     device: Device = None,
     quiet: Quiet = False,
@@ -61,9 +66,10 @@ def demo(
     from throughline import api
     from throughline.cli import live, render
 
-    with live.Live(quiet, out) as news, _figures_of_the_gate(out, quiet):
+    place = api.place_of_demo(out, short)
+    with live.Live(quiet, place) as news, _figures_of_the_gate(place, quiet):
         finished = api.demo(
-            out, short=short, device=device, say=news.say, progress=news.progress, on_trace=news.first_trace
+            place, short=short, device=device, say=news.say, progress=news.progress, on_trace=news.first_trace
         )
     if not quiet:
         render.finished(finished, model=api.DEMO_TRACED)
@@ -75,7 +81,7 @@ def init(
     preset: Annotated[
         str,
         typer.Option(
-            help="commented; seed98, the study of 98 dictionaries; or seed98-modern, the same as one does it now"
+            help="commented; seed98: a study of 98 dictionaries; seed98-modern: the same models with newer settings"
         ),
     ] = "commented",
 ) -> None:
@@ -113,16 +119,18 @@ def plan(
     study: Study,
     devices: Annotated[
         str | None,
-        typer.Option(help="such as 3x48GiB,1x24GiB@l4; default those of this machine, measured", show_default=False),
+        typer.Option(
+            help="devices to plan for, such as 3x48GiB,1x24GiB@l4; default this machine's, measured", show_default=False
+        ),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="an existing run, of which what is done is skipped", show_default=False)
+        str | None, typer.Option(help="an existing run; layers that it has are skipped", show_default=False)
     ] = None,
     settings: Set = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Jobs, memory, disk and time, before anything is spent."""
+    """What training takes: jobs, memory, disk and time."""
     from throughline import api
     from throughline.cli import live, render
 
@@ -153,7 +161,7 @@ def train(
 @app.command()
 def status(
     run: Run,
-    watch: Annotated[bool, typer.Option("--watch", help="look again every other second, until nothing runs")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="look again every 2 seconds until nothing runs")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What each device does, and the state of every layer."""
@@ -208,7 +216,7 @@ def label(
         str | None, typer.Option(help="llm: a local model in place of an endpoint", show_default=False)
     ] = None,
     features: Annotated[
-        int | None, typer.Option(help="llm: ask about so many features of each layer", show_default=False)
+        int | None, typer.Option(help="llm: ask about this many features of each layer", show_default=False)
     ] = None,
     yes: Yes = False,
     force: Force = False,
@@ -244,7 +252,9 @@ def label(
     }
     _print(as_json, found, show, quiet)
     if failed := sum(len(report.failed) for report in reports):
-        typer.echo(f"{failed} features have no label because calls failed; the same command asks again", err=True)
+        typer.echo(
+            f"{failed} features have no label because calls failed; run the same command again to ask again", err=True
+        )
         raise typer.Exit(1)
 
 
@@ -283,14 +293,16 @@ def report(run: Run, quiet: Quiet = False) -> None:
 @app.command()
 def serve(
     run: Run,
-    host: Annotated[str, typer.Option(help="the address to listen at; one that others reach needs --token")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="the address to listen at; an address that other machines reach needs --token")
+    ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8765,
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="THROUGHLINE_TOKEN", help="who asks must have it; better given so than here", show_default=False
+            envvar="THROUGHLINE_TOKEN",
+            help="a secret that every request must carry; set the variable instead, since other users can see the command line",
+            show_default=False,
         ),
     ] = None,
     device: Device = None,
@@ -308,13 +320,18 @@ def serve(
 def trace(
     run: Run,
     prompt: Prompt,
-    model: Annotated[str | None, typer.Option(help="which model of the run", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a model of the run; needed if it has several", show_default=False)
+    ] = None,
     off: Annotated[
         str | None,
-        typer.Option(help="mean, counterfactual or zero; default a counterfactual where one can be made, or the mean"),
+        typer.Option(
+            help="what off is: mean, counterfactual or zero; default counterfactual if one can be made, else mean"
+        ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="a counterfactual prompt of as many tokens", show_default=False)
+        str | None,
+        typer.Option(help="the counterfactual prompt; it needs as many tokens as the prompt", show_default=False),
     ] = None,
     linearization: Annotated[str, typer.Option(help="grouped, plain, frozen or integrated")] = "grouped",
     set_: Annotated[
@@ -360,7 +377,10 @@ def compare(
         typer.Option(help="a text file of prompts, one a line: totals over them, without traces", show_default=False),
     ] = None,
     models: Annotated[
-        list[str] | None, typer.Option("--model", help="one of the models; give it twice or more", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--model", help="a model of the run; give the option twice or more; default all", show_default=False
+        ),
     ] = None,
     force: Force = False,
     device: Device = None,
@@ -394,7 +414,9 @@ def import_sae(
     run: Run,
     path: Annotated[Path, typer.Argument(help="the folder of one dictionary", show_default=False)],
     layer: Annotated[int, typer.Option(help="the layer it is of", show_default=False)],
-    model: Annotated[str | None, typer.Option(help="which model of the run", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a model of the run; needed if it has several", show_default=False)
+    ] = None,
     from_: Annotated[str, typer.Option("--from", help=f"auto, {', '.join(FORMAT_NAMES)}")] = "auto",
     study: Annotated[
         Path | None, typer.Option(help="make the run from this study file if there is none", show_default=False)

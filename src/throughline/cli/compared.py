@@ -9,6 +9,7 @@ from rich.text import Text
 from throughline.cli.render import console, shorten
 from throughline.records import (
     EARLY,
+    FEWEST_OF_INTERVAL,
     Chain,
     Comparison,
     ComparisonTotals,
@@ -23,6 +24,10 @@ WIDTH = 80
 MOST_CONCEPTS = 16  # that one prompt lists
 MOST_FEATURES = 4  # of each model
 MOST_UNVALUED = 8  # concepts without values, where there are no others
+FEW = (
+    f"–: no interval, where n is less than {FEWEST_OF_INTERVAL}. An interval comes from drawing the n values again and again; "
+    "so few of them often agree, and it would be too narrow."
+)
 STANDINGS = ("universal", "shared", "specific")
 
 
@@ -37,7 +42,7 @@ def comparison(found: Comparison) -> None:
         table.add_row(Text(model), Text(f'"{found.answers[model]}"{right}'), f"{found.probabilities[model]:.2f}")
     out.print(table)
     _standings(out, found.models, found.standings, "features active on the prompt and its answer")
-    _say(out, f"Partner: best correlation in any layer of the other model, above the {found.threshold}.")
+    _say_partner(out, found.threshold)
     _concepts(out, found)
     for model in found.models:
         out.print()
@@ -57,8 +62,11 @@ def totals(found: ComparisonTotals) -> None:
         right = found.right[model]
         table.add_row(Text(model), _percent(right.value), _interval(right), str(right.n))
     out.print(table)
-    _standings(out, found.models, found.standings, "active features, mean over prompts")
-    _say(out, f"Partner: best correlation in any layer of the other model, above the {found.threshold}.")
+    few = any(0 < found.right[model].n < FEWEST_OF_INTERVAL for model in found.models)
+    if few:
+        _say(out, FEW)
+    _standings(out, found.models, found.standings, "active features, mean over prompts", few_said=few)
+    _say_partner(out, found.threshold)
     shown = [c for c in found.concepts if c.valued] or found.concepts[:MOST_UNVALUED]
     if not shown:
         out.print("\nNo labelled feature is active on any of these prompts.")
@@ -77,14 +85,13 @@ def totals(found: ComparisonTotals) -> None:
     _say(
         out,
         f"there: share of the n prompts on which it is present; < {EARLY}: before that relative depth; chance: the latter with the "
-        "labels of each layer dealt out anew; else: the latter on prompts of which the concept is known not to be true.",
+        "labels of each layer dealt out anew; else: the latter on prompts of which the concept is known not to be true; "
+        "birth, death: first and last relative depth at which it is present, mean over prompts.",
     )
 
 
 def _concept_cells(found: ConceptInModel) -> list[str]:
-    depths = [
-        "–" if d.value is None else f"{d.value:.2f} [{d.low:.2f}, {d.high:.2f}]" for d in (found.birth, found.death)
-    ]
+    depths = ["–" if d.value is None else f"{d.value:.2f} {_interval(d, '.2f')}" for d in (found.birth, found.death)]
     return [
         _percent(found.present.value),
         _percent(found.early.value),
@@ -94,7 +101,9 @@ def _concept_cells(found: ConceptInModel) -> list[str]:
     ]
 
 
-def _standings(out: Console, models: list[str], standings: dict[str, Standings], what: str) -> None:
+def _standings(
+    out: Console, models: list[str], standings: dict[str, Standings], what: str, few_said: bool = False
+) -> None:
     """Shares with interval, and the base rate, chance and ceiling under them."""
     out.print()
     _say(out, f"Share of {what}:")
@@ -110,15 +119,30 @@ def _standings(out: Console, models: list[str], standings: dict[str, Standings],
         ends = f" [{mine.ceiling_min:.0%}, {mine.ceiling_max:.0%}]" if mine.ceiling_min is not None else ""
         table.add_row("", "other seed has", f"{_percent(mine.ceiling)}{ends}", "", "", "")
     out.print(table)
+    shares = [share for model in models for share in standings[model].active.values()]
+    few = any(share.low is None and share.n for share in shares)
     rare = ", ".join(f"{_short(m)} {standings[m].num_rare:.0f}" for m in models if standings[m].num_rare >= 1)
     bound = max(s.most_universal_by_chance for s in standings.values())
     twins = max(s.num_twins for s in standings.values())
     _say(
         out,
-        f"By the threshold's definition at most {_percent(bound, 1)} are universal by chance. Other seed: share of the features "
-        "of such layers that a dictionary of the same layer from another seed has"
-        + (f", mean of {twins} seeds, of which the least and the most stand in brackets." if twins else ".")
-        + (f" Too rare to be judged: {rare}." if rare else ""),
+        "universal: with a partner in every other model; shared: in some; specific: in none. active: on the prompt or the answer, "
+        "with the 95 % interval; all live: of all features that fire at all. by chance: active ones with the correlations of "
+        f"unrelated tokens; the threshold lets at most {_percent(bound, 1)} be universal so. by kind of token: at most so many if "
+        "only the kind of token were known. other seed has: share of the features of such layers that a dictionary of the same "
+        "layer, trained from another seed, has too"
+        + (f", mean of {twins} seeds, with the least and the most." if twins else ".")
+        + (f" Too rare to be judged, so not counted: {rare}." if rare else ""),
+    )
+    if few and not few_said:
+        _say(out, FEW)
+
+
+def _say_partner(out: Console, threshold: str) -> None:
+    _say(
+        out,
+        "A feature's partner in another model is the feature, of any layer, that correlates with it most, if the correlation is "
+        f"above the {threshold}.",
     )
 
 
@@ -213,5 +237,8 @@ def _percent(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:.{digits}%}"
 
 
-def _interval(found: Estimate) -> str:
-    return "" if found.low is None else f"[{found.low:.0%}, {found.high:.0%}]"
+def _interval(found: Estimate, form: str = ".0%") -> str:
+    """`[12%, 40%]`; a dash of too few values, and nothing of none."""
+    if found.low is None:
+        return "–" if found.n else ""
+    return f"[{found.low:{form}}, {found.high:{form}}]"

@@ -19,6 +19,7 @@ from throughline.records import (
     TransferResult,
     best_labels,
     best_of_families,
+    describe_bytes,
     reaches,
     span,
 )
@@ -56,14 +57,18 @@ def finished(done: Any, model: str | None = None) -> None:
         trace(chosen)
     out.print()
     out.print(f"report: {done.page}", soft_wrap=True)
-    out.print(stage_seconds(done.seconds, done.total_seconds), soft_wrap=True)
+    out.print(stage_seconds(done.seconds, done.total_seconds, done.overlap_seconds), soft_wrap=True)
 
 
-def stage_seconds(seconds: dict[str, float], total: float) -> str:
-    """`train 96 s · evaluate 31 s · …; 131 s in all`, by stage; stages of models that went side by side add up to more."""
-    spent = " · ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-    beside = ", models side by side" if sum(seconds.values()) > total else ""
-    return f"{spent}; {total:.0f} s in all{beside}"
+def stage_seconds(seconds: dict[str, float], total: float, overlap: float | None) -> str:
+    """`train 96 s · evaluate 31 s · other 4 s (start, imports); 131 s by the clock`: what is in no stage is `other`.
+
+    `overlap` is by how much the stages add up to more since models went side by side; None if they went one after another.
+    """
+    other = max(0.0, total - sum(seconds.values()) + (overlap or 0.0))
+    spent = " · ".join(f"{stage} {value:.0f} s" for stage, value in [*seconds.items(), ("other", other)])
+    beside = "" if overlap is None else "; a stage's seconds are summed over models that went side by side"
+    return f"{spent} (start, imports); {total:.0f} s by the clock{beside}"
 
 
 SINKS_LEFT_OUT = (
@@ -286,7 +291,7 @@ def status_view(found: dict[str, Any]) -> Group:
         done = ["done" if model["steps"][s] else "waiting" for s in ("features", "label")]
         table.add_row(name, _grid_row(model["layers"]), model["state"], _gate_of(model), *done)
     signs = {layer["state"] for model in found["models"].values() for layer in model["layers"].values()}
-    legend = "  ".join(f"{SIGNS[state]} {state}" for state in SIGNS if state in signs)
+    legend = "  ".join(f"{SIGNS[state]} = {state}" for state in SIGNS if state in signs)
     parts += [Text(), table, Text(legend)] if legend else [Text(), table]
     for model in found["models"].values():
         parts += [Text(line) for line in map(_halted, model["jobs"]) if line]
@@ -338,7 +343,7 @@ def _halted(job: dict[str, Any]) -> str:
 
 
 def plan(made: Plan) -> None:
-    """The jobs in the order in which they start, or where they are many a line a device; totals; what was assumed."""
+    """The jobs of training in the order in which they start, or where they are many a line a device; totals; assumptions."""
     out = console()
     for model in made.models:
         said = [
@@ -351,13 +356,17 @@ def plan(made: Plan) -> None:
         out.print("nothing to train")
         return
     out.print(_table_of_jobs(made) if len(made.jobs) <= MOST_JOBS else _table_of_devices(made))
-    end, work = _clock(made.makespan_seconds), _clock(made.work_seconds)
     out.print(
-        f"ends after {end}, {made.makespan_seconds / made.lower_bound_seconds:.2f} times the lower bound; "
-        f"{work} on one of the fastest devices without splitting; {made.flops:.3g} FLOP",
+        f"training ends after {_clock(made.makespan_seconds)} (h:mm:ss) and takes {made.flops:.3g} FLOP; "
+        "evaluation, features, labels, transfer, traces and the report are not counted",
         soft_wrap=True,
     )
-    disk = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in made.disk_bytes.items())
+    out.print(
+        f"lower bound {_clock(made.lower_bound_seconds)}: however layers are divided among these devices, none can end sooner; "
+        f"on one of the fastest of them alone {_clock(made.work_seconds)}",
+        soft_wrap=True,
+    )
+    disk = ", ".join(f"{name} {describe_bytes(size)}" for name, size in made.disk_bytes.items())
     out.print(f"disk: {disk}", soft_wrap=True)
     for line in made.assumptions:
         explain(out, "assumed", line)
@@ -375,13 +384,12 @@ def explain(out: Console, word: str, meaning: str) -> None:
 def _table_of_jobs(made: Plan) -> Table:
     table = _table("model", "layers", "device", "memory", "disk", "FLOP", "starts", "takes", words=3)
     for job in made.jobs:
-        disk = sum(job.disk_bytes.values()) / 2**30
         table.add_row(
             Text(job.model),
             span(job.layers),
             Text(job.device),
-            f"{job.total_bytes / 2**30:.2f} GiB",
-            f"{disk:.1f} GiB",
+            describe_bytes(job.total_bytes),
+            describe_bytes(sum(job.disk_bytes.values())),
             f"{job.flops:.2g}",
             _clock(job.start_second),
             _clock(job.seconds),
@@ -397,7 +405,7 @@ def _table_of_devices(made: Plan) -> Table:
             Text(device.name),
             Text("; ".join(f"{job.model} {span(job.layers)}" for job in mine) or "none"),
             _clock(max((job.start_second + job.seconds for job in mine), default=0)),
-            f"{max((job.total_bytes for job in mine), default=0) / 2**30:.1f} GiB",
+            describe_bytes(max((job.total_bytes for job in mine), default=0)),
         )
     return table
 

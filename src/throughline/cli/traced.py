@@ -10,6 +10,20 @@ from throughline.records import ActiveFeature, Agreement, Chain, Steering, Trace
 NARROW, WIDE = 18, 46  # characters of a label on the narrowest and on a wide terminal
 FIXED = 62  # characters of a line beside the label
 SIZES_SHOWN = 5
+AGREEMENT_WORDS = (  # docs/measures.md has the formulas
+    ("n", "features × tokens of the answer; of edges, each once"),
+    ("r", "correlation of measured with predicted; shuffled: with predictions in random order, so by chance"),
+    ("slope", "of measured on predicted, through the origin; 1: sizes are right"),
+    (
+        "sign",
+        "share with the same sign, of those whose measured effect is above 2 % of the lead (edges: of the largest change)",
+    ),
+    ("–", "none: fewer than 3 pairs, all alike, or for sign all too small"),
+)
+GRAPH_WORDS = (
+    "replacement: share of the influence on the answer that, followed down to the first layer, comes from features; completeness: "
+    "the same of a feature's own, on average. The rest comes from what dictionaries leave out (docs/measures.md)"
+)
 
 
 def trace(found: Trace) -> None:
@@ -32,11 +46,19 @@ def trace(found: Trace) -> None:
     if found.steering is not None:
         _say_steering(out, found, found.steering)
     out.print()
-    explain(out, "off", f"each feature takes {found.off}, at its position")
+    explain(
+        out,
+        "rows",
+        "of each layer: the features of largest predicted effect, the largest first; then up to two labelled ones that are "
+        "not among them",
+    )
+    explain(out, "off", f"at its token, a feature takes {found.off}")
     explain(
         out, "if off", "measured change of the answer's lead (logits) in the real model, mean over the answer's tokens"
     )
     explain(out, "predicted", f"the same by the {found.linearization} gradient")
+    if found.chains:
+        _explain_chains(out)
     if found.verification is None:
         explain(out, "note", "nothing here was measured in the model (--no-verify); effects are predictions")
     else:
@@ -106,6 +128,27 @@ def _say_chains(out: Console, found: Trace) -> None:
             )
 
 
+def _explain_chains(out: Console) -> None:
+    """What the numbers of a chain are; docs/measures.md has the formulas."""
+    explain(
+        out,
+        "chain",
+        "its numbers are of the lead of the token that it ends in, not of the mean over the answer's tokens",
+    )
+    explain(
+        out,
+        "",
+        "all of it off: all its features at once; along this path alone: its first feature, when each layer passes on no change "
+        "but that of the chain's next feature",
+    )
+    explain(
+        out,
+        "",
+        "of much the same strength: at least 80 % of it, and more than half of the features are the same; only the strongest is "
+        "shown",
+    )
+
+
 def describe_chain(found: Trace, chain: Chain) -> str:
     """`#45 (layers 0-3) carry → #301 (layer 4) tens digit = 4`, each with the token it stands at."""
     parts = []
@@ -147,6 +190,8 @@ def _say_verification(out: Console, checked: Verification) -> None:
     for agreement in (checked.nodes, checked.controls, checked.within, checked.across):
         table.add_row(*_agreement_cells(agreement))
     out.print(table)
+    for word, meaning in AGREEMENT_WORDS:
+        explain(out, word, meaning)
     explain(
         out,
         "by chance",
@@ -154,6 +199,7 @@ def _say_verification(out: Console, checked: Verification) -> None:
     )
     if checked.replacement is not None and checked.completeness is not None:
         explain(out, "graph", f"replacement {checked.replacement:.2f}, completeness {checked.completeness:.2f}")
+        explain(out, "", GRAPH_WORDS)
     if not checked.faithfulness:
         explain(out, "faithful", "the baseline costs the answer less than half a logit, so there is nothing to explain")
         return
@@ -163,10 +209,11 @@ def _say_verification(out: Console, checked: Verification) -> None:
     rows = [p for p in checked.faithfulness if p.num != checked.num_candidates][:SIZES_SHOWN]
     table.add_row("n", *(str(p.num) for p in rows))
     table.add_row("most influential", *(f"{p.faithfulness:.2f}{'' if p.answer_kept else '*'}" for p in rows))
-    table.add_row("random", *(f"{p.random:.2f}" for p in rows))
+    table.add_row("random", *(f"{p.random:.2f}{'' if p.random_kept else '*'}" for p in rows))
     table.add_row("all but these", *(f"{p.completeness:.2f}" for p in rows))
     out.print(table)
-    out.print(Text("* the answer changes"))
+    draws = f"in all {checked.random_draws} draws" if checked.random_draws > 1 else "in the one draw"
+    out.print(Text(f"* the answer changes; random: {draws}. It is not looked at for all but these"))
 
 
 def _agreement_cells(found: Agreement) -> list[str]:

@@ -21,7 +21,15 @@ import numpy as np
 import polars as pl
 
 from throughline.comparing.standings import estimate
-from throughline.records import EARLY, Concept, ConceptInModel, ConceptLife, ConceptTotals, PromptReading
+from throughline.records import (
+    EARLY,
+    FEWEST_OF_INTERVAL,
+    Concept,
+    ConceptInModel,
+    ConceptLife,
+    ConceptTotals,
+    PromptReading,
+)
 
 DEALS = 50
 MOST = 0.5  # share of prompts from which a model is said to have a concept
@@ -203,7 +211,9 @@ def _total(name: str, valued: bool, known: bool, num_prompts: int, models: dict[
     sentence = f"{name} is present before relative depth {EARLY} in {len(early_in)} of {len(models)} models"
     if len(early_in) < len(often):
         others = ", ".join(model for model in often if model not in early_in)
-        sentence += f" ({others}: no more than by chance, or than where it is not true)"
+        few = f"on most prompts, but fewer than {FEWEST_OF_INTERVAL} do not tell that from chance"
+        reason = few if num_prompts < FEWEST_OF_INTERVAL else "no more than by chance, or than where it is not true"
+        sentence += f" ({others}: {reason})"
     return ConceptTotals(
         name=name,
         valued=valued,

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from throughline.records import NULL_QUANTILE, Estimate, PromptReading, Standing, Standings, TransferResult
+from throughline.records import (
+    FEWEST_OF_INTERVAL,
+    NULL_QUANTILE,
+    Estimate,
+    PromptReading,
+    Standing,
+    Standings,
+    TransferResult,
+)
 from throughline.stats import bootstrap_interval
 
 STANDINGS: tuple[Standing, ...] = ("universal", "shared", "specific")
@@ -26,9 +34,11 @@ Matches = Mapping[tuple[str, str], TransferResult]  # matching from one model to
 
 
 def estimate(values: np.ndarray, seed: int) -> Estimate:
-    """Mean with its bootstrap interval."""
+    """Mean with its bootstrap interval; none of fewer than FEWEST_OF_INTERVAL values."""
     if not len(values):
         return Estimate(value=None, low=None, high=None, n=0)
+    if len(values) < FEWEST_OF_INTERVAL:  # resampling two values that agree gives an interval without width
+        return Estimate(value=float(values.mean()), low=None, high=None, n=len(values))
     low, high = bootstrap_interval(values.astype(float), seed)
     return Estimate(value=float(values.mean()), low=low, high=high, n=len(values))
 

@@ -81,13 +81,14 @@ class Cost:
         line = (
             f"labels of {self.num_features:,} features by {spec.model or spec.path} at {spec.base_url or 'this machine'}: "
             f"{self.num_calls:,} calls{stored}, about {self.prompt_tokens:,} tokens of prompts and {self.answer_tokens:,} of "
-            f"answers (at most {self.most_answer_tokens:,})"
+            f"answers ({self.most_answer_tokens:,} if every answer is as long as it may be)"
         )
         expected = price_of(spec, self.prompt_tokens, self.answer_tokens)
         most = price_of(spec, self.prompt_tokens, self.most_answer_tokens)
         if expected is None:
-            return line + ("; no prices in features.llm" if spec.base_url else "")
-        return f"{line}; about {expected:.2f}, at most {most:.2f}, by the prices in features.llm"
+            unknown = "; the price is not known, since features.llm has no price_in and price_out (per million tokens)"
+            return line + (unknown if spec.base_url else "")
+        return f"{line}; price about {expected:.2f}, at most {most:.2f}, by price_in and price_out of features.llm"
 
 
 def price_of(spec: LlmSpec, prompt_tokens: int, answer_tokens: int) -> float | None:
@@ -227,7 +228,10 @@ class LanguageModelLabels:
                     unread[case.name] = str(error)
                 if time.monotonic() - said >= SAID_EVERY_SECONDS:
                     said = time.monotonic()
-                    say(f"{model}: asked about {number} of {len(cases)} features, {tally.num_calls:,} calls")
+                    say(
+                        f"{model}: {number} of {len(cases)} features: {len(rows)} labelled, {len(failed)} failed, "
+                        f"{len(unread)} with answers of no use; {tally.num_calls:,} calls answered"
+                    )
         finally:
             tally.stopped = (
                 True  # where an error or Ctrl-C ends it, features that are half asked about make no further call

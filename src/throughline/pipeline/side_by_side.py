@@ -44,9 +44,11 @@ def advance_models(
     pending.sort(key=lambda spec: (spec.name != first, -_cost(session, spec, widths[spec.name] or 1)))
     prompt = next(iter(study.trace.prompts), None)
     names = [spec.name for spec in pending]
-    raise_failures(
-        processes.advance_models(session, division, names, stages, report, force=force, look=prompt, on_trace=on_trace)
-    )
+    with session.side_by_side():
+        failures = processes.advance_models(
+            session, division, names, stages, report, force=force, look=prompt, on_trace=on_trace
+        )
+    raise_failures(failures)
 
 
 def advance_model(session: Session, name: str, stages: Sequence[str], report: Report, *, force: bool) -> bool:

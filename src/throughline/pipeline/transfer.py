@@ -34,20 +34,32 @@ def transfer_models(session: Session, metrics: list[str] | None = None) -> list[
                 if all(is_done(session, step) for step in steps):
                     continue
                 if not announced:
-                    session.say(f"transfer: about {transfer_gib(run, study):.1f} GiB of memory, beside the models")
+                    session.say(
+                        f"transfer needs about {transfer_gib(run, study):.1f} GiB of memory, and that of the models"
+                    )
                     announced = True
-                session.say(f"{metric.name}: {source.name} {'and' if metric.both_ways else 'to'} {target.name}")
-                with session.timed("transfer"):
+                session.say(_describe(metric, source, target))
+                with session.timed("transfer"), run.steps(dict(steps)) as files:
                     results = metric.compute(
                         _Side(session, source.name),
                         _Side(session, target.name),
                         seed=study.training.seed,
                         min_count=study.transfer.min_count,
                     )
-                    for step, result in zip(steps, results, strict=True):
-                        with run.step(*step) as files:
-                            files += run.write_transfer(result)
+                    for (step, _), result in zip(steps, results, strict=True):
+                        files[step] += run.write_transfer(result)
     return run.transfers()
+
+
+def _describe(metric: Any, source: ModelSpec, target: ModelSpec) -> str:
+    """What is being done, for a line of news."""
+    if source.name == target.name:
+        between = f"between the layers of {source.name}"
+    elif metric.both_ways:
+        between = f"between {source.name} and {target.name}, both ways"
+    else:
+        between = f"from {source.name} to {target.name}"
+    return f"transfer: computing {metric.name} {between}"
 
 
 def transfer_gib(run: RunDir, study: Study) -> float:

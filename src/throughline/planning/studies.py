@@ -26,11 +26,10 @@ from throughline.planning.devices import describe_assumptions
 from throughline.planning.misfits import refuse
 from throughline.planning.placing import Placement, place
 from throughline.planning.shapes import ModelShape, measure_shape
-from throughline.records import Plan, PlannedDevice, PlannedJob, PlannedModel, StepRecord
+from throughline.records import Plan, PlannedDevice, PlannedJob, PlannedModel, StepRecord, describe_bytes
 from throughline.study import ModelSpec, Study, parse_study
 from throughline.text import read_documents
 
-GIB = 2**30
 Manifest = Mapping[str, StepRecord]
 AllCosts = dict[str, dict[str, ModelCosts]]  # by model, then by kind of device
 
@@ -184,14 +183,14 @@ def _why_cached(study: Study, jobs: list[PlannedJob]) -> str:
         return "not kept: one epoch"
     if wanted == "off":
         return f"not kept: activation_cache is off; computed in each of {epochs} epochs"
-    gib = sum(job.disk_bytes["activations"] for job in jobs) / GIB
+    size = describe_bytes(sum(job.disk_bytes["activations"] for job in jobs))
     if wanted == "on":
-        return f"kept on disk ({gib:.1f} GiB): activation_cache is on"
+        return f"kept on disk ({size}): activation_cache is on"
     kept = sum(job.cached for job in jobs)
     if not kept:
         return f"not kept: computing them in each of {epochs} epochs takes less time than reading them"
     where = "" if kept == len(jobs) else f" by {kept} of {len(jobs)} jobs"
-    return f"kept on disk{where} ({gib:.1f} GiB): reading them takes less time than computing them in each of {epochs} epochs"
+    return f"kept on disk{where} ({size}): reading them takes less time than computing them in each of {epochs} epochs"
 
 
 def _assumptions(study: Study, devices: list[PlannedDevice], placement: Placement) -> list[str]:

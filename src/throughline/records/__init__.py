@@ -6,6 +6,7 @@
 from throughline.records.base import Record
 from throughline.records.comparisons import (
     EARLY,
+    FEWEST_OF_INTERVAL,
     ActiveCodes,
     Comparison,
     ComparisonTotals,
@@ -36,7 +37,17 @@ from throughline.records.features import (
     rank_labels,
     reaches,
 )
-from throughline.records.runs import JobState, Plan, PlannedDevice, PlannedJob, PlannedModel, RunInfo, StepRecord, span
+from throughline.records.runs import (
+    JobState,
+    Plan,
+    PlannedDevice,
+    PlannedJob,
+    PlannedModel,
+    RunInfo,
+    StepRecord,
+    describe_bytes,
+    span,
+)
 from throughline.records.texts import NUM_ROLES, PARTS, TOKEN_KINDS, Document, Fact, Token, role_of
 from throughline.records.traces import (
     ActiveFeature,
@@ -61,6 +72,7 @@ __all__ = [
     "EXAMPLE_COLUMNS",
     "FAMILY_COLUMNS",
     "FEATURE_COLUMNS",
+    "FEWEST_OF_INTERVAL",
     "LABEL_COLUMNS",
     "NULL_QUANTILE",
     "NUM_ROLES",
@@ -116,6 +128,7 @@ __all__ = [
     "best_labels",
     "best_of_families",
     "complete_labels",
+    "describe_bytes",
     "rank_labels",
     "reaches",
     "role_of",

@@ -34,7 +34,7 @@ Standing = Literal["universal", "shared", "specific"]
 
 
 class Estimate(Record):
-    """A mean or share of n, with its 95 % bootstrap interval; None of nothing."""
+    """A mean or share of n, with its 95 % bootstrap interval: none where n is less than 10, and None of nothing."""
 
     value: float | None
     low: float | None
@@ -151,4 +151,5 @@ class ComparisonTotals(Record):
     forced: bool
 
 
+FEWEST_OF_INTERVAL = 10  # values from which a bootstrap interval is given
 EARLY = 0.5  # relative depth before which a concept counts as early

@@ -6,7 +6,10 @@ from throughline.records.base import Record
 
 
 class StepRecord(Record):
-    """One finished step of a run: what it was made from (`key`), when, and the checksums of its files."""
+    """One finished step of a run: what it was made from (`key`), when, and the checksums of its files.
+
+    `seconds` of steps that were done at once, such as the layers of a block in training, are divided equally among them.
+    """
 
     step: str
     key: str
@@ -109,6 +112,13 @@ class Plan(Record):
     flops: float
     disk_bytes: dict[str, int]  # dictionaries, which stay; checkpoints and activations, the most at any time
     assumptions: list[str]
+
+
+def describe_bytes(size: float) -> str:
+    """`1.5 GiB`, or `12 MiB` where it is less than a tenth of a GiB."""
+    if size < 0.1 * 2**30:
+        return f"{size / 2**20:.0f} MiB" if size >= 2**20 or not size else "1 MiB"
+    return f"{size / 2**30:.1f} GiB"
 
 
 def span(layers: Sequence[int]) -> str:

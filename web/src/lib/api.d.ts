@@ -750,7 +750,7 @@ export interface components {
         };
         /**
          * Estimate
-         * @description A mean or share of n, with its 95 % bootstrap interval; None of nothing.
+         * @description A mean or share of n, with its 95 % bootstrap interval: none where n is less than 10, and None of nothing.
          */
         Estimate: {
             /** Value */
