@@ -16,6 +16,7 @@ from collections import Counter
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from throughline.errors import InputError
 
@@ -97,7 +98,7 @@ def _convert(file: Path, out: Path) -> None:
     said = ", ".join(f"{count} {name}" for name, count in types.most_common())
     sys.stderr.write(f"{file.name}: its tensors ({said}) are written as float32 to {out}, once\n")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model.hf_quantizer, model.is_quantized = None, False  # or else transformers refuses to save
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
