@@ -132,6 +132,13 @@ def test_plans_that_are_refused(say, tiny, tmp_path, monkeypatch, arguments, exp
         ({"dictionary": {"kk": 8}}, "unknown key dictionary.kk; did you mean k?"),
         ({"training": {"tokens": "many"}}, "training.tokens: input should be a valid integer, found 'many'"),
         ({"models": [{"path": "zoo/pythia", "layers": [0, 6]}]}, "layer 6 asked of zoo/pythia, which has layers 0-5"),
+        (
+            {"models": [{"path": "zoo/pythia", "layers": []}]},
+            "models.0.layers: input should be 'all' or list should have",
+        ),
+        ({"dictionary": {"k": 3000}}, "layer 0, d_model 96: k 3000 is more than the 192 features; lower k, or raise"),
+        ({"dictionary": {"expansion": 0.001}}, "a dictionary has 1 to 16,777,216 features, found 0; change expansion"),
+        ({"dictionary": {"expansion": 1e7}}, "a dictionary has 1 to 16,777,216 features, found 960,000,000"),
         ({"models": ["zoo/pythja"]}, "zoo model 'zoo/pythja' is unknown; did you mean 'zoo/pythia'?"),
         ({"models": ["weightless"]}, "weightless has config.json but no weights"),
         ({"models": ["./nowhere"]}, "model folder nowhere does not exist"),

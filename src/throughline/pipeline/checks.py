@@ -17,13 +17,26 @@ def check_study(study: Study) -> dict[str, int]:
     check_asked(study)
     depths = {}
     for spec in study.models:
-        depth, context, _ = check_model(spec)
+        depth, context, width = check_model(spec)
         depths |= {spec.name: depth} if depth else {}
+        if depth and width:
+            _check_dictionaries(study, spec, depth, width)
         for prompt in study.trace.prompts:
             _check_prompt(study, spec, prompt, context)
     for split in ("train", "heldout"):
         next(read_documents(study.data, split, study.training.seed))
     return depths
+
+
+def _check_dictionaries(study: Study, spec: ModelSpec, depth: int, d_model: int) -> None:
+    """Refuse a dictionary that cannot be made for a model of this width."""
+    dictionary = study.dictionary_for(spec)
+    for layer in range(depth) if spec.layers == "all" else spec.layers:
+        own = dictionary.at_layer(layer)
+        try:
+            own.require_fit(own.width(d_model))
+        except ValueError as error:
+            raise InputError(f"dictionary of {spec.name}, layer {layer}, d_model {d_model}: {error}") from None
 
 
 def _check_prompt(study: Study, spec: ModelSpec, prompt: str, context: int | None) -> None:
