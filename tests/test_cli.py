@@ -136,7 +136,7 @@ def test_plans_that_are_refused(say, tiny, tmp_path, monkeypatch, arguments, exp
             {"models": [{"path": "zoo/pythia", "layers": []}]},
             "models.0.layers: input should be 'all' or list should have",
         ),
-        ({"dictionary": {"k": 3000}}, "layer 0, d_model 96: k 3000 is more than the 192 features; lower k, or raise"),
+        ({"dictionary": {"k": 3000}}, "layer 0, d_model 96: k 3000 is more than the 768 features; lower k, or raise"),
         ({"dictionary": {"expansion": 0.001}}, "a dictionary has 1 to 16,777,216 features, found 0; change expansion"),
         ({"dictionary": {"expansion": 1e7}}, "a dictionary has 1 to 16,777,216 features, found 960,000,000"),
         ({"models": ["zoo/pythja"]}, "zoo model 'zoo/pythja' is unknown; did you mean 'zoo/pythia'?"),
@@ -239,13 +239,23 @@ def test_wrong_arguments_change_nothing(say, tiny, arguments, expected):
 
 
 @pytest.mark.parametrize(
-    "command", ["status", "evaluate", "features", "label", "transfer", "report", "trace", "compare"]
+    "command", ["status", "evaluate", "features", "label", "transfer", "report", "serve", "trace", "compare"]
 )
 def test_a_folder_that_is_no_run(say, tmp_path, command):
     prompt = [PROMPT] if command in ("trace", "compare") else []
     assert "is not a run folder (it has no study.yaml and run.json)" in refused(say(command, tmp_path, *prompt))
     assert "does not exist" in refused(say(command, tmp_path / "none", *prompt))
+    assert "the name of a run folder is empty" in refused(say(command, "", *prompt))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["status", "report", "serve"])
+@pytest.mark.parametrize(("name", "found"), [("study.yaml", ""), ("run.json", "{")])
+def test_a_run_whose_study_or_description_is_damaged(say, copy, command, name, found):
+    (copy / name).write_text(found)
+    code, out, err = say(command, copy)
+    assert (code, out) == (1, "") and "Traceback" not in err
+    assert f"{name} is damaged" in err and "`throughline run STUDY --out" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["evaluate", "features", "label", "transfer", "trace", "compare"])

@@ -519,6 +519,8 @@ def serve(
     A `host` that other machines reach needs a `token`. Port 0 takes a free one; `say` is told which.
     """
     opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    opened.study()  # damaged, they are named now and not in the browser
+    opened.info()
     if device is not None:
         choose_device(device)  # now, not with the first trace
     from throughline.serving.server import serve as serve_run
@@ -528,7 +530,7 @@ def serve(
 
 def place_of(study: Study, out: str | Path | None) -> str | Path:
     """Where a study's run lies: `out`, or runs/<name>."""
-    return out or Path("runs") / study.name
+    return Path("runs") / study.name if out is None else out
 
 
 @contextmanager

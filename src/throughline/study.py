@@ -802,7 +802,8 @@ def _describe(where: str, fault: Any, *others: Any) -> str:
     expected = " or ".join([messages[0], *(m.removeprefix("input should be ") for m in messages[1:])])
     if fault["type"] == "value_error":  # our own words, which say what was found
         return f"{where}: {expected}" if where else expected
-    return f"{where}: {expected}, found {_shorten(fault['input'])}"
+    found = f"{expected}, found {_shorten(fault['input'])}"
+    return f"{where}: {found}" if where else found
 
 
 def _expectation(message: str) -> str:

@@ -101,7 +101,7 @@ def run(
     from throughline import api
     from throughline.cli import live, render
 
-    place = out or _default_place(study, settings)
+    place = _default_place(study, settings) if out is None else out
     with live.Live(quiet, place) as news, _figures_of_the_gate(place, quiet):
         finished = api.run(study, out, settings, resume, force, device, news.say, news.progress, approve=_approval(yes))
     if not quiet:
@@ -144,7 +144,7 @@ def train(
     from throughline import api
     from throughline.cli import live
 
-    with live.Live(quiet, out or _default_place(study, settings)) as news:
+    with live.Live(quiet, _default_place(study, settings) if out is None else out) as news:
         made = api.train(study, out, settings, resume, device, news.say, news.progress)
     if not quiet:
         typer.echo(f"trained; evaluate with: throughline evaluate {made.place}")
