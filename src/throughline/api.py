@@ -25,6 +25,8 @@ from throughline.study import DictionarySpec, Study, TrainingSpec, dump_study, l
 from throughline.study_fields import write_study
 
 if TYPE_CHECKING:
+    import torch
+
     from throughline.asking import Approve
     from throughline.dictionaries import Dictionary
     from throughline.interop import ImportedDictionary
@@ -50,10 +52,14 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def choose_device(wanted: str | None) -> str:
-    """The wanted device, or the best there is; InputError for one that this machine has not."""
+def choose_device(wanted: "str | torch.device | None") -> str:
+    """The wanted device by its name, or the best there is; InputError for one that this machine has not."""
     if wanted is None:
         return best_device()
+    if not isinstance(wanted, str):
+        import torch
+
+        wanted = str(wanted) if isinstance(wanted, torch.device) else repr(wanted)
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
         raise InputError(f"device {wanted!r} is unknown; expected cpu, cuda, cuda:0, cuda:1, … or mps")
     import torch
@@ -133,7 +139,7 @@ def train(
     layers: list[str] | None = None,
     name: str = "activations",
     resume: bool = False,
-    device: str | None = None,
+    device: "str | torch.device | None" = None,
     say: Say = silent,
     progress: Callable[[Any], None] = ignore,
 ) -> "dict[str, Dictionary]": ...
@@ -144,7 +150,7 @@ def train(
     out: str | Path | None = None,
     settings: list[str] | None = None,
     resume: bool = False,
-    device: str | None = None,
+    device: "str | torch.device | None" = None,
     say: Say = silent,
     progress: Callable[[Any], None] = ignore,
     *,
