@@ -4,6 +4,7 @@ One tiny run serves all tests.
 """
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -209,6 +210,27 @@ def test_a_real_process_behaves_alike(tmp_path):  # a fresh one: nothing heavy i
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     refused((done.returncode, done.stdout, done.stderr))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="streams are closed by a shell")
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code"),
+    [
+        ("--version", ">&-", 1),
+        ("--help", ">&-", 1),
+        ("status {run}", ">&-", 1),
+        ("status {run} --json", ">&-", 1),
+        ("status nowhere", ">&-", 2),
+        ("status nowhere", "2>&-", 2),
+        ("--version", "<&-", 0),
+        ("--version", "2>&-", 0),
+    ],
+)
+def test_streams_that_are_closed(tiny, arguments, closed, code):
+    command = f"{sys.executable} -m throughline {arguments.format(run=tiny)} {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (1 if code == 2 and closed == ">&-" else 0)
 
 
 # ---- wrong input of commands on a run
