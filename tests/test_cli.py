@@ -522,6 +522,14 @@ def test_a_feature_is_set_by_hand(say, copy):
     assert f"Set by hand: {setting},x3" in out and "probability of the undisturbed answer" in out
 
 
+def test_a_graph_that_cannot_be_written_is_refused_first(say, tiny, tmp_path):
+    for graph, expected in (
+        (tmp_path / "none" / "x.json", "there is no folder"),
+        (tmp_path, "is a folder; give the name"),
+    ):
+        assert expected in refused(say("trace", tiny, PROMPT, "--model", "zoo/pythia", "--graph", graph))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -532,7 +540,7 @@ def test_a_feature_is_set_by_hand(say, copy):
         (["--set", "layer=0,feature=99999,off"], "has features 0-"),
         (["--set", "layer=0,feature=1,position=99,off"], "has positions 0-"),
         (["--against", "What is 15 + 4?"], "give one of as many tokens"),
-        (["--graph", "/nowhere/graph.json"], "cannot be written"),
+        (["--graph", "/nowhere/graph.json"], "cannot be written: there is no folder /nowhere; make it first"),
     ],
 )
 def test_a_trace_refuses_what_it_cannot_do(say, copy, options, words):

@@ -4,7 +4,6 @@ Functions that compute take a run (its folder, or its URL as a string) or a stud
 receives a line of news now and then. They return records; nothing is printed.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any, overload
 import polars as pl
 import yaml
 
+from throughline.early_checks import check_asked_prompt, check_device_name, check_study_early
 from throughline.errors import InputError
 from throughline.lean_imports import leave_out_unused
+from throughline.model_files import check_files
 from throughline.records import Analysis, Comparison, ComparisonTotals, LayerQuality, Plan, Trace, TransferInfo
 from throughline.registry import METRICS, unknown
 from throughline.run_dir import DRIVER, RunDir
@@ -60,8 +61,7 @@ def choose_device(wanted: "str | torch.device | None") -> str:
         import torch
 
         wanted = str(wanted) if isinstance(wanted, torch.device) else repr(wanted)
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
-        raise InputError(f"device {wanted!r} is unknown; expected cpu, cuda, cuda:0, cuda:1, … or mps")
+    check_device_name(wanted)
     import torch
 
     kind, _, number = wanted.partition(":")
@@ -106,6 +106,8 @@ def plan(
 
     named = None if devices is None else parse_devices(devices)
     run = None if out is None else RunDir.open(out)
+    for spec in loaded.models:
+        check_files(spec)
     leave_out_unused()
     from throughline.planning.calibration import find_devices
     from throughline.planning.studies import count_models, place_models
@@ -327,7 +329,9 @@ def trace(
     counterfactual prompt, `linearization` grouped, plain, frozen or integrated, `settings` features set by hand such
     as "layer=4,feature=237,off" or "layer=4,feature=237,x2".
     """
-    with _session(run, device, say) as session:
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    check_asked_prompt(opened, prompt, [model])
+    with _session(opened, device, say) as session:
         from throughline import pipeline
 
         options = pipeline.trace_options(session.study, off, against, linearization, settings or [], verify)
@@ -343,7 +347,9 @@ def compare(
     say: Say = silent,
 ) -> Comparison:
     """One prompt in several models (all of the run, unless named)."""
-    with _session(run, device, say) as session:
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    check_asked_prompt(opened, prompt, models or [])
+    with _session(opened, device, say) as session:
         from throughline import pipeline
 
         return pipeline.compare(session, prompt, models, force)
@@ -389,6 +395,7 @@ def import_sae(
 
     `from_` is saelens, sparsify, gemma-scope or dictionary-learning; auto tells it from the files. The layer counts as trained.
     """
+    (RunDir.open(run).study() if study is None else load_study(study)).model(model)  # refused before torch is imported
     working = _go_on(run, device, say) if study is None else _begin(load_study(study), run, True, device, say)
     with working as session:
         from throughline.interop import import_dictionary
@@ -408,9 +415,11 @@ def export_sae(
 
     `hub_layout` (saelens): a folder by hook and a model card with their quality, ready to upload.
     """
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    if model is not None:
+        opened.study().model(model)  # refused before torch is imported
     from throughline.interop import export_dictionaries
 
-    opened = run if isinstance(run, RunDir) else RunDir.open(run)
     return export_dictionaries(opened, to, Path(out), model, layers, hub_layout)
 
 
@@ -540,7 +549,9 @@ def place_of(study: Study, out: str | Path | None) -> str | Path:
 
 
 @contextmanager
-def _begin(study: Study, out: str | Path | None, resume: bool, device: str | None, say: Say) -> Iterator[Any]:
+def _begin(
+    study: Study, out: str | Path | None, resume: bool, device: "str | torch.device | None", say: Say
+) -> Iterator[Any]:
     """A session of the study's run, held while the block runs; nothing is written before all that can be checked is right."""
     place = place_of(study, out)
     storage = RunDir(place).storage
@@ -550,6 +561,8 @@ def _begin(study: Study, out: str | Path | None, resume: bool, device: str | Non
             raise InputError(f"{place} is not empty and not a run folder; give another with --out")
         if not resume:
             raise InputError(f"{place} holds a run already; continue it with --resume, or give another with --out")
+    check_device_name(device)
+    check_study_early(study)
     leave_out_unused()
     from throughline.pipeline import check_study
     from throughline.session import Session
@@ -565,6 +578,7 @@ def _begin(study: Study, out: str | Path | None, resume: bool, device: str | Non
 @contextmanager
 def _session(run: str | Path | RunDir, device: str | None, say: Say) -> Iterator[Any]:
     opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    check_device_name(device)
     leave_out_unused()
     from throughline.session import Session
 

@@ -43,6 +43,12 @@ def read_documents(data: DataSpec, split: str, seed: int = 0) -> Iterator[Docume
     return _split(_compose(_rows(data), _parse(data.text)), data, split)
 
 
+def check_prompt(prompt: str) -> None:
+    """InputError if a prompt has no text."""
+    if not prompt.strip():
+        raise InputError('the prompt is empty; give one in quotes, such as "What is 15 + 27?"')
+
+
 def measure_text(data: DataSpec) -> int | None:
     """Bytes of a local source; None for a hub dataset or the bundled generator, which does not end."""
     path = Path(data.path).expanduser()

@@ -334,11 +334,23 @@ def trace(
     from throughline import api
     from throughline.cli import live, traced
 
+    if graph is not None:
+        _require_writable(graph)
     with live.Live(quiet or as_json) as news:
         found = api.trace(run, prompt, model, off, against, linearization, set_, not no_verify, force, device, news.say)
     if graph is not None:
         _write_graph(graph, found)
     _print(as_json, found.model_dump(), lambda: traced.trace(found), quiet)
+
+
+def _require_writable(graph: Path) -> None:
+    """InputError, before anything is traced, if the file cannot be made."""
+    from throughline.errors import InputError
+
+    if graph.is_dir():
+        raise InputError(f"--graph {graph} is a folder; give the name of a file")
+    if not graph.parent.is_dir():
+        raise InputError(f"--graph {graph} cannot be written: there is no folder {graph.parent}; make it first")
 
 
 def _write_graph(path: Path, found: Any) -> None:
