@@ -138,6 +138,14 @@ def test_plans_that_are_refused(say, tiny, tmp_path, monkeypatch, arguments, exp
             "models.0.layers: input should be 'all' or list should have",
         ),
         ({"dictionary": {"k": 3000}}, "layer 0, d_model 96: k 3000 is more than the 768 features; lower k, or raise"),
+        (
+            {"dictionary": {"per_layer": {7: {"k": 3}}}},
+            "dictionary: per_layer has layer 7, but there are layers 0-",
+        ),
+        (
+            {"models": [{"path": "zoo/pythia", "dictionary": {"per_layer": {6: {"k": 3}}}}]},
+            "dictionary of zoo/pythia: per_layer has layer 6, but there are layers 0-5",
+        ),
         ({"dictionary": {"expansion": 0.001}}, "a dictionary has 1 to 16,777,216 features, found 0; change expansion"),
         ({"dictionary": {"expansion": 1e7}}, "a dictionary has 1 to 16,777,216 features, found 960,000,000"),
         ({"models": ["zoo/pythja"]}, "zoo model 'zoo/pythja' is unknown; did you mean 'zoo/pythia'?"),
