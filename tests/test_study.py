@@ -86,7 +86,7 @@ def test_unknown_names_are_answered_with_the_nearest_known_one(changes, expected
         ({"name": "a/b"}, "name: string should match pattern"),
         ({"executor": {"kind": "cloud"}}, "executor.kind: input should be"),
         ({"training": {"seed": 2**70}}, "training.seed: input should be less than or equal to 4294967295, found 1180"),
-        ({"training": {"lr": -1}}, "training.lr: input should be greater than 0 or 'auto', found -1"),
+        ({"training": {"lr": -1}}, "training.lr: input should be greater than or equal to 0 or 'auto', found -1"),
         ({"training": {"lr": NAN}}, "training.lr: input should be a finite number or 'auto', found nan"),
         ({"training": {"lr": float("inf")}}, "training.lr: input should be a finite number or 'auto', found inf"),
         ({"training": {"passes": 10**14}}, "training.passes: input should be less than or equal to 10000"),

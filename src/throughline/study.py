@@ -291,7 +291,7 @@ class TrainingSpec(Section):
     )
     batch_tokens: int = Field(default=4096, ge=1, le=MOST_BATCH, description="Tokens of one step.")
     # without an upper bound: what is too much shows in the loss, which ends the training as soon as it is not finite
-    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+    lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
         description="Learning rate, a number or `auto`. `auto` is 1.3e-2 · √(min(batch, 4096) / 256) · "
         "√(512 / max(512, features)) · √(min(1, steps / 300)).",

@@ -47,10 +47,6 @@ class ArraySource:
     def __init__(self, array: np.ndarray | Tensor, *, epochs: int = 1, num_tokens: int | None = None) -> None:
         self._array, self._epochs = array, epochs
         self.num_layers, available, self.d_model = _shape_of(array, "the array of activations")
-        if not available:
-            raise InputError(
-                f"the array of activations is empty, found shape {tuple(array.shape)}; give one row or more"
-            )
         self.num_tokens = _fewer(available, num_tokens)
 
     def batches(self, start: int = 0) -> Iterator[Float[Tensor, "L n D"]]:
@@ -374,6 +370,10 @@ def open_source(activations: Any, *, epochs: int = 1, num_tokens: int | None = N
     if isinstance(activations, ActivationSource):
         return CheckedSource(activations)
     if isinstance(activations, np.ndarray | Tensor):
+        if not _shape_of(activations, "the array of activations")[1]:
+            raise InputError(
+                f"the array of activations is empty, found shape {tuple(activations.shape)}; give one row or more"
+            )
         return ArraySource(activations, **options)
     if isinstance(activations, str | Path):
         return ShardSource(activations, **options)
