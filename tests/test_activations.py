@@ -109,15 +109,67 @@ def test_wrong_input_is_refused_in_one_line(x_ND, tmp_path):
     refused("training.ceiling_seeds is for studies, .* found 1; leave it out", training=TRAINING | {"ceiling_seeds": 1})
     refused("the activations have 1 layers, found 2 names", layers=["a", "b"])
     refused("layers need different names", activations=x_ND.reshape(2, -1, D), layers=["a b", "a/b"])
-    refused("there are no activations to train on", activations=x_ND[:0], training={"tokens": 5000})
+    refused(
+        r"the array of activations is empty, found shape \(0, 16\)", activations=x_ND[:0], training={"tokens": 5000}
+    )
+    refused(
+        "the activations of layer_00 do not vary: the first 500 are all the same", activations=x_ND[:1].expand(500, D)
+    )
+    refused("the activations of b do not vary", activations=torch.stack([x_ND, x_ND * 0]), layers=["a", "b"])
+    refused("dictionary.per_layer has layer 7, but .* layers 0-0", dictionary={"per_layer": {7: {"k": 1}}})
+    refused("dictionary of layer 0, width 16: k 200 is more than the 128 features", dictionary={"k": 200})
+    refused("dictionary should be a DictionarySpec or a dict of .*, found 'topk'", dictionary="topk")
+    refused("training should be a TrainingSpec or a dict .*, found 'x'", training="x")
+    refused("training should be a TrainingSpec or a dict", training=DictionarySpec())
+    refused("layers should be a list of names, one for each layer, found 3", layers=3)
+    refused("layers should be a list of names, one for each layer, found 'a'", layers="a")
+    refused("name should be a string, found 3", name=3)
+    refused("out should be the name of a folder, found 3", out=3)
+    refused("out should be the name of a folder, found ''", out="")
+    refused("saved to local folders only, found out s3://b/x", out="s3://b/x")
+    refused("saved to local folders only, found out s3:/b/x", out=Path("s3://b/x"))
+    for name in ("checkpoint", "Checkpoint", "..", ".", "", "/", "x" * 300):
+        refused(
+            "a layer needs a name with a letter or digit, .*other than checkpoint", layers=[name], out=tmp_path / "out"
+        )
+    refused("device '0' is unknown; expected cpu, cuda", device=0)
+    refused("device 'meta' is unknown", device=torch.device("meta"))
     refused("train takes a study or activations, found both", study="study.yaml")
     refused("train needs a study file, or activations=", activations=None, training=None)
     refused("dictionary, training and layers go with activations", activations=None, study="study.yaml")
     refused("found int", activations=3)
     (tmp_path / "a.txt").touch()
     refused("is a file; give a folder", out=tmp_path / "a.txt")
+    refused("x/y cannot be made, since .*a.txt is a file; give another folder", out=tmp_path / "a.txt" / "x" / "y")
     refused("is not empty; give another folder, or resume=True", out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_memory_that_cannot_be_had_is_refused(x_ND, tmp_path, monkeypatch):
+    monkeypatch.setattr("throughline.activations.free_bytes", lambda device: 2**20)
+    with pytest.raises(
+        InputError, match=r"needs .* GiB or more, found 0.0 usable; set dictionary.d_sae or training.batch"
+    ):
+        throughline.train(activations=x_ND, training=TRAINING, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_of_torch_is_a_device(x_ND):
+    assert throughline.train(activations=x_ND[:300], training={"batch_tokens": 128}, device=torch.device("cpu"))
+
+
+def test_an_iterator_with_fewer_than_were_said_is_announced_so(x_ND):
+    said: list[str] = []
+    arguments: dict[str, Any] = {"dictionary": DICTIONARY, "training": {"tokens": 5000, "batch_tokens": 128}}
+    throughline.train(activations=iter(x_ND[:1000].split(500)), say=said.append, **arguments)
+    assert said[0].startswith("activations: up to 5,000 activations, layers: layer_00")
+    assert (
+        "activations: the activations ended after 1,000 of 5,000; for a learning rate that fits, set tokens to 1000"
+        in said
+    )
+    said.clear()
+    throughline.train(activations=iter(x_ND[:6000].split(500)), say=said.append, **arguments)
+    assert not any("ended after" in line for line in said)
 
 
 def test_the_documented_example_works(tmp_path, monkeypatch, capsys):

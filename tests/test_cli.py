@@ -4,6 +4,7 @@ One tiny run serves all tests.
 """
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -135,6 +136,21 @@ def test_plans_that_are_refused(say, tiny, tmp_path, monkeypatch, arguments, exp
         ({"dictionary": {"kk": 8}}, "unknown key dictionary.kk; did you mean k?"),
         ({"training": {"tokens": "many"}}, "training.tokens: input should be a valid integer, found 'many'"),
         ({"models": [{"path": "zoo/pythia", "layers": [0, 6]}]}, "layer 6 asked of zoo/pythia, which has layers 0-5"),
+        (
+            {"models": [{"path": "zoo/pythia", "layers": []}]},
+            "models.0.layers: input should be 'all' or list should have",
+        ),
+        ({"dictionary": {"k": 3000}}, "layer 0, d_model 96: k 3000 is more than the 768 features; lower k, or raise"),
+        (
+            {"dictionary": {"per_layer": {7: {"k": 3}}}},
+            "dictionary: per_layer has layer 7, but there are layers 0-",
+        ),
+        (
+            {"models": [{"path": "zoo/pythia", "dictionary": {"per_layer": {6: {"k": 3}}}}]},
+            "dictionary of zoo/pythia: per_layer has layer 6, but there are layers 0-5",
+        ),
+        ({"dictionary": {"expansion": 0.001}}, "a dictionary has 1 to 16,777,216 features, found 0; change expansion"),
+        ({"dictionary": {"expansion": 1e7}}, "a dictionary has 1 to 16,777,216 features, found 960,000,000"),
         ({"models": ["zoo/pythja"]}, "zoo model 'zoo/pythja' is unknown; did you mean 'zoo/pythia'?"),
         ({"models": ["weightless"]}, "weightless has config.json but no weights"),
         ({"models": ["./nowhere"]}, "model folder nowhere does not exist"),
@@ -230,6 +246,27 @@ def test_a_real_process_behaves_alike(tmp_path):  # a fresh one: nothing heavy i
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="streams are closed by a shell")
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code"),
+    [
+        ("--version", ">&-", 1),
+        ("--help", ">&-", 1),
+        ("status {run}", ">&-", 1),
+        ("status {run} --json", ">&-", 1),
+        ("status nowhere", ">&-", 2),
+        ("status nowhere", "2>&-", 2),
+        ("--version", "<&-", 0),
+        ("--version", "2>&-", 0),
+    ],
+)
+def test_streams_that_are_closed(tiny, arguments, closed, code):
+    command = f"{sys.executable} -m throughline {arguments.format(run=tiny)} {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (1 if code == 2 and closed == ">&-" else 0)
+
+
 # ---- wrong input of commands on a run
 
 
@@ -261,13 +298,23 @@ def test_wrong_arguments_change_nothing(say, tiny, arguments, expected):
 
 
 @pytest.mark.parametrize(
-    "command", ["status", "evaluate", "features", "label", "transfer", "report", "trace", "compare"]
+    "command", ["status", "evaluate", "features", "label", "transfer", "report", "serve", "trace", "compare"]
 )
 def test_a_folder_that_is_no_run(say, tmp_path, command):
     prompt = [PROMPT] if command in ("trace", "compare") else []
     assert "is not a run folder (it has no study.yaml and run.json)" in refused(say(command, tmp_path, *prompt))
     assert "does not exist" in refused(say(command, tmp_path / "none", *prompt))
+    assert "the name of a run folder is empty" in refused(say(command, "", *prompt))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["status", "report", "serve"])
+@pytest.mark.parametrize(("name", "found"), [("study.yaml", ""), ("run.json", "{")])
+def test_a_run_whose_study_or_description_is_damaged(say, copy, command, name, found):
+    (copy / name).write_text(found)
+    code, out, err = say(command, copy)
+    assert (code, out) == (1, "") and "Traceback" not in err
+    assert f"{name} is damaged" in err and "`throughline run STUDY --out" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["evaluate", "features", "label", "transfer", "trace", "compare"])
@@ -559,6 +606,14 @@ def test_a_feature_is_set_by_hand(say, copy):
     assert f"Set by hand: {setting},x3" in out and "probability of the undisturbed answer" in out
 
 
+def test_a_graph_that_cannot_be_written_is_refused_first(say, tiny, tmp_path):
+    for graph, expected in (
+        (tmp_path / "none" / "x.json", "there is no folder"),
+        (tmp_path, "is a folder; give the name"),
+    ):
+        assert expected in refused(say("trace", tiny, PROMPT, "--model", "zoo/pythia", "--graph", graph))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -569,7 +624,7 @@ def test_a_feature_is_set_by_hand(say, copy):
         (["--set", "layer=0,feature=99999,off"], "has features 0-"),
         (["--set", "layer=0,feature=1,position=99,off"], "has positions 0-"),
         (["--against", "What is 15 + 4?"], "give one of as many tokens"),
-        (["--graph", "/nowhere/graph.json"], "cannot be written"),
+        (["--graph", "/nowhere/graph.json"], "cannot be written: there is no folder /nowhere; make it first"),
     ],
 )
 def test_a_trace_refuses_what_it_cannot_do(say, copy, options, words):

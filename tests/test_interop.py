@@ -316,7 +316,12 @@ def test_nothing_is_unpickled(tmp_path):
     assert "nothing is unpickled" in refused(tmp_path)
     (tmp_path / "gemma").mkdir()
     np.savez(tmp_path / "gemma" / "params.npz", W_enc=np.array([Evil()], dtype=object))
-    assert "params.npz is damaged" in refused(tmp_path / "gemma", kind=DamagedFileError)
+    assert "nothing is unpickled" in refused(tmp_path / "gemma")
+    (tmp_path / "gemma" / "params.npz").write_bytes(b"some text")
+    assert "nothing is unpickled" in refused(tmp_path / "gemma")
+    with (tmp_path / "gemma" / "params.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    assert "params.npz holds one array; expected an archive of several" in refused(tmp_path / "gemma")
     assert not (tmp_path / "touched").exists()
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from synthetic_run import MODELS, build_run
 from trained import TWO_MODELS
@@ -35,8 +36,10 @@ LAYERS = (
         "lean_imports",
         "circuit_tracer",
         "kernel_cache",
+        "model_files",
+        "gguf_models",
     },
-    {"text", "tokens", "models", "dictionaries"},
+    {"text", "tokens", "models", "dictionaries", "sinks"},
     {"harvesting", "codes", "splicing", "pools"},
     {"training", "quality", "features", "labelers", "transfer", "tracing", "comparing", "analyzing", "zoo.training"},
     {
@@ -50,6 +53,7 @@ LAYERS = (
         "model_card",
         "interop",
         "activations",
+        "early_checks",
         "api",
     },
     {"views", "figures", "report", "serving", "cli", "zoo.__main__"},
@@ -60,7 +64,10 @@ BESIDE_ALLOWED = {0, 2, 4, 5}  # the nouns do not know one another, nor do the v
 # name. Neither needs torch, but for the one module that traces.
 EXCEPTIONS = {("api", "report"), ("api", "serving")}
 TORCH_FREE = {
+    "early_checks",
     "errors",
+    "gguf_models",
+    "model_files",
     "registry",
     "study",
     "records",
@@ -224,6 +231,38 @@ def test_the_report_is_written_without_torch(reported):
 @pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["report", "--quiet"]])
 def test_what_reads_a_finished_run_loads_neither_torch_nor_transformers(command, reported):
     assert loaded_by(HELP.format([command[0], str(reported[0]), *command[1:]])) == set()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trace", "RUN", ""],
+        ["trace", "RUN", "a prompt", "--model", "nobody"],
+        ["trace", "RUN", "a prompt", "--graph", "nowhere/graph.json"],
+        ["trace", "RUN", "a prompt", "--device", "gpu"],
+        ["compare", "RUN", ""],
+        ["compare", "RUN", "a prompt", "--model", "nobody"],
+        ["export", "RUN", "--to", "saelens", "--out", "nowhere", "--model", "nobody"],
+        ["import", "RUN", "nowhere", "--layer", "0", "--model", "nobody"],
+        ["train", "STUDY", "--set", "models=[./nope]"],
+        ["train", "STUDY", "--set", "models=[zoo/nope]"],
+        ["train", "STUDY", "--set", "models=[{path: zoo/gpt2, layers: [4]}]"],
+        ["train", "STUDY", "--set", "data.path=nowhere.jsonl"],
+        ["train", "STUDY", "--set", "trace.prompts=['']"],
+        ["train", "STUDY", "--device", "gpu"],
+        ["plan", "STUDY", "--set", "models=[zoo/nope]"],
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_wrong_input_that_needs_no_model_is_refused_before_torch_is_loaded(arguments, reported, tmp_path):
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(TWO_MODELS))
+    places = {"RUN": str(reported[0]), "STUDY": str(study)}
+    out = ["--out", str(tmp_path / "out")] if arguments[0] == "train" else []
+    command = [*(places.get(argument, argument) for argument in arguments), *out]
+    refused = f"from throughline.cli import main\ntry:\n    main({command!r})\nexcept SystemExit as end:\n    assert end.code == 2"
+    assert loaded_by(refused) & HEAVY == set()
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
 
 
 ASK = """

@@ -190,6 +190,8 @@ def test_a_damaged_table_or_matrix_is_never_read(run):
 @pytest.mark.parametrize(
     ("name", "content", "read"),
     [
+        ("study.yaml", "", lambda run: run.study()),
+        ("study.yaml", "name: [", lambda run: run.study()),
         ("run.json", "{", lambda run: run.info()),
         ("run.json", '{"name": 5}', lambda run: run.info()),
         ("manifest/train,a.json", '{"key"', lambda run: run.manifest()),
@@ -205,7 +207,35 @@ def test_what_cannot_be_read_is_named_in_one_line(run, name, content, read):
     with pytest.raises(DamagedFileError) as caught:
         read(run)
     assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and ": :" not in str(caught.value)
+    assert "delete it" in str(caught.value) or "--resume` makes it again" in str(caught.value)
+
+
+def test_a_damaged_run_json_is_made_anew_by_who_goes_on_with_the_run(run):
+    study = run.study()
+    run.write_text("run.json", "{")
+    assert RunDir.create(run.root, study).info().name == study.name
+    run.update_info(forced=True)
+    assert RunDir.create(run.root, study).info().forced  # a sound one is kept
+
+
+def test_what_a_step_wrote_and_is_missing_is_named(tmp_path):
+    run = build_run(tmp_path / "run")
+    with run.step("evaluate/small", "k") as files:
+        files += [run.write_quality(q) for q in run.quality("small")]
+    (run.layer_folder("small", 0) / "quality.json").unlink()
+    with pytest.raises(
+        DamagedFileError, match=r"layer_00/quality.json is missing; `throughline run STUDY --out .* makes"
+    ):
+        run.quality("small")
+
+
+def test_files_and_empty_names_are_no_run_folders(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is a file; give the folder of a run"):
+        RunDir.open(tmp_path / "file")
+    with pytest.raises(InputError, match="the name of a run folder is empty"):
+        RunDir.open("")
 
 
 def test_the_manifest_says_when_and_from_what(run):

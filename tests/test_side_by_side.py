@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable
 from hashlib import sha256
@@ -175,6 +178,30 @@ def test_an_interruption_ends_all_of_them(tmp_path):
         driver.send_signal(signal.SIGINT)
         assert driver.wait(timeout=30) == 130
     assert not any(Path(f"/proc/{pid}").exists() for pid in working)
+
+
+def test_an_interruption_is_noticed_while_the_processes_say_nothing():
+    """Polars, once used, has the system restart calls that a signal interrupts."""
+    script = """
+        import os, signal, time
+        from queue import SimpleQueue
+        from threading import Timer
+        import polars as pl
+        from throughline.executors import processes
+
+        pl.DataFrame({"a": [1]}).lazy().select("a").collect()
+        silent = SimpleQueue()
+        Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        last = Timer(20, silent.put, ("too late",))
+        last.daemon = True
+        last.start()
+        try:
+            processes._next_of(silent)
+        except KeyboardInterrupt:
+            os._exit(130)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=120)
+    assert done.returncode == 130
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Activation sources: the same batches each time, from any of them on, in bounded memory; and what is wrong, in one line."""
 
 import json
+import pickle
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,6 +132,10 @@ def test_torch_arrays_keep_no_gradient_and_no_dtype():
         (torch.zeros(2, 3, dtype=torch.int32), "should hold floating-point numbers, found torch.int32"),
         (np.zeros((0, 2, 3)), r"at least one layer and a width, found shape \(0, 2, 3\)"),
         (np.zeros((2, 0)), "at least one layer and a width"),
+        (np.zeros((0, 4)), r"is empty, found shape \(0, 4\)"),
+        (np.ma.masked_array(np.zeros((2, 4)), np.eye(2, 4)), "should have all of its numbers, found a masked array"),
+        (torch.zeros(2, 4).to_sparse(), "should be a dense tensor, found layout torch.sparse_coo"),
+        (torch.zeros(2, 4, device="meta"), "has a shape and no numbers, found a tensor on the device meta"),
     ],
 )
 def test_arrays_of_another_kind(array, expected):
@@ -179,6 +185,9 @@ def spoil(folder: Path, how: str) -> str:
     if how == "pickle":
         np.save(folder / "c.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
         return "c.npy"
+    if how == "pickled text":
+        (folder / "c.npy").write_bytes(pickle.dumps("some text"))
+        return "c.npy"
     if how == "empty":
         (folder / "a.npy").write_bytes(b"")
         return "a.npy"
@@ -196,7 +205,8 @@ def spoil(folder: Path, how: str) -> str:
         ("layers", "has 1 layers of width 6, but a.npy has 2 of width 6"),
         ("truncated npy", "is damaged or no file of activations: .*; write it again"),
         ("truncated safetensors", "is damaged or no file of activations: "),
-        ("pickle", "is damaged or no file of activations: .*"),
+        ("pickle", r"is no array of numbers \(a pickled one can run code .*; write one of .*allow_pickle=False\)"),
+        ("pickled text", r"is no array of numbers \(a pickled one can run code when read, so it is not read\)"),
         ("empty", "is damaged or no file of activations: "),
         ("two tensors", r"should hold one tensor, found 2 \(x, y\)"),
         ("integers", "should hold floating-point numbers, found I32"),
@@ -250,6 +260,66 @@ def test_iterators_of_something_else():
         InputError, match="piece 2 of the activations has 1 layers of width 5, but piece 0 has 1 of width 6"
     ):
         whole(open_source([X[0], X[1], X[0, :, :5]]))
+
+
+def test_functions_that_make_something_else():
+    def needs(x):
+        return iter([X])
+
+    def pieces():
+        yield X[0]
+
+    for function, expected in (
+        (needs, r"should need no argument, found needs\(x\)"),
+        (lambda: None, "should return an iterator of arrays .*, found NoneType"),
+        (lambda: X[0], "should return an iterator of arrays .*, found Tensor"),
+    ):
+        with pytest.raises(InputError, match=expected) as error:
+            open_source(function)
+        one_line(error)
+    assert torch.equal(whole(open_source(pieces)), X[:1])
+
+
+class Own:
+    """A source of the user's."""
+
+    def __init__(self, *batches: Any) -> None:
+        self._batches = batches
+
+    def batches(self, start: int = 0) -> Any:
+        return iter(self._batches[start:])
+
+
+class WithoutStart:
+    def batches(self) -> Any:
+        return iter([X])
+
+
+class WithoutBatches:
+    def batches(self, start: int = 0) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (Own(X[0]), r"batch 0 of the source of activations should be a tensor \[layers, tokens, width\], found shape"),
+        (Own(X.numpy()), "batch 0 of the source of activations should be a tensor .*, found ndarray"),
+        (
+            Own(X, X[..., :3]),
+            "batch 1 of the source of activations has 2 layers of width 3, but the ones before have 2 of",
+        ),
+        (Own(X, X[:1]), "batch 1 of the source of activations has 1 layers of width"),
+        (Own(X.long()), "batch 0 of the source of activations should hold floating-point numbers, found torch.int64"),
+        (WithoutStart(), r"should take the number of its first batch, found batches\(\)"),
+        (WithoutBatches(), "should give an iterator of tensors, found NoneType"),
+        (Own, "should be a source, found the class Own; give one made from it"),
+    ],
+)
+def test_sources_that_are_not_what_they_say(source, expected):
+    with pytest.raises(InputError, match=expected) as error:
+        whole(open_source(source))
+    one_line(error)
 
 
 # ---- the cache

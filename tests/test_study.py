@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from throughline.api import PRESETS, SHORT_DEMO, init
 from throughline.errors import InputError
 from throughline.registry import ARCHITECTURES
 from throughline.study import (
     DictionarySpec,
+    GateSpec,
     L1Schedule,
     Section,
     Study,
@@ -22,6 +24,9 @@ from throughline.study_fields import sections
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET_FOLDER = ROOT / "src" / "throughline" / "presets"
+
+
+NAN = float("nan")
 
 
 def tree(**changes) -> dict:
@@ -80,6 +85,26 @@ def test_unknown_names_are_answered_with_the_nearest_known_one(changes, expected
         ({"dictionary": {"k": 0}}, "dictionary.k: input should be greater than or equal to 1, found 0"),
         ({"name": "a/b"}, "name: string should match pattern"),
         ({"executor": {"kind": "cloud"}}, "executor.kind: input should be"),
+        ({"training": {"seed": 2**70}}, "training.seed: input should be less than or equal to 4294967295, found 1180"),
+        ({"training": {"lr": -1}}, "training.lr: input should be greater than or equal to 0 or 'auto', found -1"),
+        ({"training": {"lr": NAN}}, "training.lr: input should be a finite number or 'auto', found nan"),
+        ({"training": {"lr": float("inf")}}, "training.lr: input should be a finite number or 'auto', found inf"),
+        ({"training": {"passes": 10**14}}, "training.passes: input should be less than or equal to 10000"),
+        ({"training": {"tokens": 10**11, "epochs": 100}}, "training: tokens · epochs · passes is 10,000,000,000,000"),
+        ({"dictionary": {"d_sae": 10**14}}, "dictionary.d_sae: input should be less than or equal to 16777216"),
+        ({"dictionary": {"d_sae": 50, "k": 51}}, "dictionary: k 51 is more than the 50 features; lower k, or raise"),
+        ({"dictionary": {"d_sae": 50, "target_l0": 51}}, "dictionary: target_l0 51 is more than the 50 features"),
+        (
+            {"dictionary": {"per_layer": {3: {"d_sae": 9}}}},
+            "dictionary of zoo/pythia, layer 3: k 32 is more than the 9",
+        ),
+        ({"dictionary": {"l1": NAN}}, "dictionary.l1: input should be a finite number"),
+        ({"gate": {"max_fvu": NAN}}, "gate.max_fvu: input should be a finite number, found nan"),
+        (
+            {"models": [{"path": "zoo/pythia", "layers": []}]},
+            "models.0.layers: input should be 'all' or list should have",
+        ),
+        ({"executor": {"cpus": 100_000}}, "executor.cpus: input should be less than or equal to 1024, found 100000"),
         ({"training": {"tokens": 100}}, "batch_tokens 4096 is more than the 100 tokens of the training"),
     ],
 )
@@ -90,6 +115,17 @@ def test_wrong_values_say_where_what_was_expected_and_what_was_found(changes, ex
     assert expected.lower() in message.lower()
     assert message.startswith("study.yaml: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("place", "section"), sections().items(), ids=[*sections()])
+def test_every_number_has_bounds_and_is_finite(place, section):
+    """But for those of the gate, which are compared and never computed with, and the learning rate."""
+    for name in section.model_fields:
+        schema = TypeAdapter(section).json_schema()["properties"][name]
+        for kind in [schema, *schema.get("anyOf", [])]:
+            if kind.get("type") in ("integer", "number") and section is not GateSpec and name != "lr":
+                assert kind.keys() & {"maximum", "exclusiveMaximum"}, f"{place}.{name}"
+    assert section.model_config["allow_inf_nan"] is False
 
 
 def test_all_faults_are_named_in_one_line():
@@ -130,6 +166,9 @@ def test_a_model_name_cannot_lead_out_of_its_folder(name):
     ("text", "expected"),
     [
         ("name: [", "is not YAML"),
+        pytest.param("training: {seed: " + "9" * 5000 + "}", "is not YAML", id="digits"),
+        ("name: 2024-13-45", "is not YAML"),
+        pytest.param("name: " + "[" * 5000, "is not YAML", id="brackets"),
         ("- just\n- a list\n", "should hold keys and values (name, models, data, …), found list"),
         ("", "should hold keys and values (name, models, data, …), found NoneType"),
     ],

@@ -127,13 +127,13 @@ def test_planted_dictionary_is_recovered(architecture):
 
 def test_overrides_of_one_layer():
     """Other widths, other k and another architecture in one run: each layer is trained on its own column."""
-    overrides = {1: {"k": 5}, 2: {"d_sae": 24}, 4: {"k": 50}, 5: {"architecture": "gated", "l1": 0.1}}
+    overrides = {1: {"k": 5}, 2: {"d_sae": 24}, 4: {"k": 16}, 5: {"architecture": "gated", "l1": 0.1}}
     per_layer = {layer: DictionaryOverride.model_validate(o) for layer, o in overrides.items()}
     spec = DictionarySpec(d_sae=16, k=2, per_layer=per_layer)
     x_LND = planted_layers(1200, num_layers=6)
     trained = run(x_LND, {layer: spec.at_layer(layer) for layer in range(6)})
     assert sorted(trained) == [0, 1, 2, 3, 4, 5]
-    assert [trained[layer].options.get("k") for layer in range(6)] == [2, 5, 2, 2, 16, None]  # no more than features
+    assert [trained[layer].options.get("k") for layer in range(6)] == [2, 5, 2, 2, 16, None]
     assert [trained[layer].d_sae for layer in range(6)] == [16, 16, 24, 16, 16, 16]
     assert trained[5].architecture == "gated"
     for layer, one in trained.items():

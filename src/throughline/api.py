@@ -4,7 +4,6 @@ Functions that compute take a run (its folder, or its URL as a string) or a stud
 receives a line of news now and then. They return records; nothing is printed.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any, overload
 import polars as pl
 import yaml
 
+from throughline.early_checks import check_asked_prompt, check_device_name, check_study_early
 from throughline.errors import InputError
 from throughline.lean_imports import leave_out_unused
+from throughline.model_files import check_files
 from throughline.records import Analysis, Comparison, ComparisonTotals, LayerQuality, Plan, Trace, TransferInfo
 from throughline.registry import METRICS, unknown
 from throughline.run_dir import DRIVER, RunDir
@@ -25,6 +26,8 @@ from throughline.study import DictionarySpec, Study, TrainingSpec, dump_study, l
 from throughline.study_fields import write_study
 
 if TYPE_CHECKING:
+    import torch
+
     from throughline.asking import Approve
     from throughline.dictionaries import Dictionary
     from throughline.interop import ImportedDictionary
@@ -50,12 +53,15 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def choose_device(wanted: str | None) -> str:
-    """The wanted device, or the best there is; InputError for one that this machine has not."""
+def choose_device(wanted: "str | torch.device | None") -> str:
+    """The wanted device by its name, or the best there is; InputError for one that this machine has not."""
     if wanted is None:
         return best_device()
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
-        raise InputError(f"device {wanted!r} is unknown; expected cpu, cuda, cuda:0, cuda:1, … or mps")
+    if not isinstance(wanted, str):
+        import torch
+
+        wanted = str(wanted) if isinstance(wanted, torch.device) else repr(wanted)
+    check_device_name(wanted)
     import torch
 
     kind, _, number = wanted.partition(":")
@@ -100,6 +106,8 @@ def plan(
 
     named = None if devices is None else parse_devices(devices)
     run = None if out is None else RunDir.open(out)
+    for spec in loaded.models:
+        check_files(spec)
     leave_out_unused()
     from throughline.planning.calibration import find_devices
     from throughline.planning.studies import count_models, place_models
@@ -135,7 +143,7 @@ def train(
     layers: list[str] | None = None,
     name: str = "activations",
     resume: bool = False,
-    device: str | None = None,
+    device: "str | torch.device | None" = None,
     say: Say = silent,
     progress: Callable[[Any], None] = ignore,
 ) -> "dict[str, Dictionary]": ...
@@ -146,7 +154,7 @@ def train(
     out: str | Path | None = None,
     settings: list[str] | None = None,
     resume: bool = False,
-    device: str | None = None,
+    device: "str | torch.device | None" = None,
     say: Say = silent,
     progress: Callable[[Any], None] = ignore,
     *,
@@ -323,7 +331,9 @@ def trace(
     counterfactual prompt, `linearization` grouped, plain, frozen or integrated, `settings` features set by hand such
     as "layer=4,feature=237,off" or "layer=4,feature=237,x2".
     """
-    with _session(run, device, say) as session:
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    check_asked_prompt(opened, prompt, [model])
+    with _session(opened, device, say) as session:
         from throughline import pipeline
 
         options = pipeline.trace_options(session.study, off, against, linearization, settings or [], verify)
@@ -339,7 +349,9 @@ def compare(
     say: Say = silent,
 ) -> Comparison:
     """One prompt in several models (all of the run, unless named)."""
-    with _session(run, device, say) as session:
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    check_asked_prompt(opened, prompt, models or [])
+    with _session(opened, device, say) as session:
         from throughline import pipeline
 
         return pipeline.compare(session, prompt, models, force)
@@ -385,6 +397,7 @@ def import_sae(
 
     `from_` is saelens, sparsify, gemma-scope or dictionary-learning; auto tells it from the files. The layer counts as trained.
     """
+    (RunDir.open(run).study() if study is None else load_study(study)).model(model)  # refused before torch is imported
     working = (
         _go_on(run, device, say)
         if study is None
@@ -408,9 +421,11 @@ def export_sae(
 
     `hub_layout` (saelens): a folder by hook and a model card with their quality, ready to upload.
     """
+    opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    if model is not None:
+        opened.study().model(model)  # refused before torch is imported
     from throughline.interop import export_dictionaries
 
-    opened = run if isinstance(run, RunDir) else RunDir.open(run)
     return export_dictionaries(opened, to, Path(out), model, layers, hub_layout)
 
 
@@ -539,6 +554,8 @@ def serve(
     A `host` that other machines reach needs a `token`. Port 0 takes a free one; `say` is told which.
     """
     opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    opened.study()  # damaged, they are named now and not in the browser
+    opened.info()
     if device is not None:
         choose_device(device)  # now, not with the first trace
     from throughline.serving.server import serve as serve_run
@@ -548,12 +565,18 @@ def serve(
 
 def place_of(study: Study, out: str | Path | None) -> str | Path:
     """Where a study's run lies: `out`, or runs/<name>."""
-    return out or Path("runs") / study.name
+    return Path("runs") / study.name if out is None else out
 
 
 @contextmanager
 def _begin(
-    study: Study, out: str | Path | None, resume: bool, device: str | None, say: Say, *, same_study: bool = False
+    study: Study,
+    out: str | Path | None,
+    resume: bool,
+    device: "str | torch.device | None",
+    say: Say,
+    *,
+    same_study: bool = False,
 ) -> Iterator[Any]:
     """A session of the study's run, held while the block runs; nothing is written before all that can be checked is right.
 
@@ -569,6 +592,8 @@ def _begin(
             raise InputError(f"{place} holds a run already; continue it with --resume, or give another with --out")
         if storage.has("study.yaml"):  # not yet where the run was stopped at once
             _refuse_another_study(RunDir(place), study, same_study)
+    check_device_name(device)
+    check_study_early(study)
     leave_out_unused()
     from throughline.pipeline import check_study
     from throughline.session import Session
@@ -599,6 +624,7 @@ def _refuse_another_study(run: RunDir, wanted: Study, same_settings: bool) -> No
 @contextmanager
 def _session(run: str | Path | RunDir, device: str | None, say: Say) -> Iterator[Any]:
     opened = run if isinstance(run, RunDir) else RunDir.open(run)
+    check_device_name(device)
     leave_out_unused()
     from throughline.session import Session
 

@@ -47,7 +47,7 @@ from throughline.records import (
     complete_labels,
 )
 from throughline.storage import open_storage
-from throughline.study import Study, dump_study, folder_name, parse_study
+from throughline.study import NOT_YAML, Study, dump_study, folder_name, parse_study
 
 R = TypeVar("R", bound=Record)
 TABLES = ("features", "examples", "labels", "coverage", "families", "throughlines")
@@ -60,6 +60,11 @@ COMMANDS = {
     "families": "label",
     "throughlines": "report",
 }  # that make them
+WHEN_DELETED = {  # by folder, of files that no command makes again while they are damaged
+    MANIFEST: ", and a run with --resume does that step anew",
+    PROGRESS: "; it says only how far a training was",
+    "traces": ", and trace or compare its prompt again",
+}
 TWIN = "seed_"  # how the folder of a twin begins
 ROW_GROUP = 8192  # rows of a table that are read together: of one feature only those of its layer, or a part of them
 CHECKPOINTS, DRIVER, CLAIM = "checkpoints", "driver.json", "claim.json"
@@ -95,6 +100,8 @@ class RunDir:
         """The run at `root`; InputError if that is not a run folder."""
         run = cls(root)
         if not run.storage.is_there():
+            if not run.storage.is_remote and run.root.exists():
+                raise InputError(f"{root} is a file; give the folder of a run")
             raise InputError(f"run folder {root} does not exist; `throughline train STUDY --out {root}` makes one")
         if not run.exists("study.yaml") or not run.exists("run.json"):
             raise InputError(f"{root} is not a run folder (it has no study.yaml and run.json)")
@@ -102,11 +109,13 @@ class RunDir:
 
     @classmethod
     def create(cls, root: str | Path, study: Study) -> "RunDir":
-        """A new run at `root`, or the existing one if its folder is there."""
+        """A new run at `root`, or the existing one if its folder is there; its run.json is made anew if it is damaged."""
         run = cls(root)
         run.root.mkdir(parents=True, exist_ok=True)
         run.write_text("study.yaml", dump_study(study))
-        if not run.exists("run.json"):
+        try:
+            run.info()
+        except DamagedFileError:
             run.write_record("run.json", _describe_run(study.name))
         return run
 
@@ -118,11 +127,17 @@ class RunDir:
             yield
 
     def study(self) -> Study:
-        """The resolved study."""
+        """The resolved study; DamagedFileError if its file is no YAML or empty."""
         import yaml
 
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
-        return parse_study(yaml.load(self.read_text("study.yaml"), loader), self.storage.name("study.yaml"))
+        try:
+            tree = yaml.load(self.read_text("study.yaml"), loader)
+        except NOT_YAML as error:
+            raise self._damaged("study.yaml", error) from error
+        if not isinstance(tree, dict):
+            raise self._damaged("study.yaml", f"it should hold keys and values, found {type(tree).__name__}")
+        return parse_study(tree, self.storage.name("study.yaml"))
 
     def info(self) -> RunInfo:
         """Versions, hardware and times."""
@@ -194,11 +209,14 @@ class RunDir:
             advice = "import it again with `throughline import`, or delete its folder" if imported else self._redo()
             raise DamagedFileError(f"{self.storage.name(relative)} does not match its checksum; {advice}")
 
-    def _damaged(self, relative: str, error: Exception) -> DamagedFileError:
+    def _damaged(self, relative: str, error: Exception | str) -> DamagedFileError:
+        name = self.storage.name(relative)
+        if isinstance(error, FileNotFoundError):
+            return DamagedFileError(f"{name} is missing; {self._redo()}")
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        noted = relative.startswith(f"{MANIFEST}/")
-        redo = "delete it, and a run with --resume does that step anew" if noted else self._redo()
-        return DamagedFileError(f"{self.storage.name(relative)} is damaged ({reason}); {redo}")
+        folder = relative.partition("/")[0]
+        redo = f"delete it{WHEN_DELETED[folder]}" if folder in WHEN_DELETED else self._redo()
+        return DamagedFileError(f"{name} is damaged ({reason}); {redo}")
 
     def _redo(self) -> str:
         return f"`throughline run STUDY --out {self.place} --resume` makes it again"
@@ -302,8 +320,11 @@ class RunDir:
         """Where the jobs of training are that are not done."""
         found = []
         for name in self.storage.glob(f"{PROGRESS}/*.json"):
-            with suppress(FileNotFoundError):  # done since the look
+            try:
                 found.append(self.read_record(name, JobState))
+            except DamagedFileError:
+                if self.exists(name):  # or it is done since the look
+                    raise
         return found
 
     def note_job(self, state: JobState, at_once: bool = True) -> None:
@@ -541,17 +562,17 @@ class RunDir:
         return self.write_text(relative, record.model_dump_json(indent=1) + "\n")
 
     def read_record(self, relative: str, kind: type[R]) -> R:
-        """Load a JSON record; DamagedFileError if it is not one."""
+        """Load a JSON record; DamagedFileError if it is not one, or not there."""
         try:
             return kind.model_validate_json(self.read_text(relative))
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             raise self._damaged(relative, error) from error
 
     def read_json(self, relative: str) -> Any:
-        """Plain values of a JSON file; DamagedFileError if it is not one."""
+        """Plain values of a JSON file; DamagedFileError if it is not one, or not there."""
         try:
             return json.loads(self.read_text(relative))
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             raise self._damaged(relative, error) from error
 
     def write_json(self, relative: str, value: Any) -> str:

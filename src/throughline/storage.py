@@ -26,6 +26,8 @@ def hurried() -> Iterator[None]:
 def open_storage(root: str | Path) -> "Storage":
     """The storage at a path or URL; nothing is read yet. InputError if nothing that is installed opens such a URL."""
     text = str(root)
+    if not text.strip():
+        raise InputError(f"the name of a run folder is empty, found {text!r}; give a folder or a URL")
     if isinstance(root, Path) and re.match(r"(file|memory|s3|gs|gcs|abfs|az):/", text):
         raise InputError(f"a URL is given as a string; pathlib has made {text} of it")
     if "://" not in text:

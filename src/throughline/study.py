@@ -8,7 +8,7 @@ import math
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,9 +17,26 @@ from throughline.errors import InputError
 from throughline.registry import ARCHITECTURES, LABELERS, METRICS, Registry, unknown
 
 ASKING = "llm"  # the labeler that asks a language model
+# What reading YAML raises; ValueError for wrong bytes, a date that is none and an integer of thousands of digits.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 LONGEST_SHOWN = 60  # characters of a wrong value that an error repeats
 SMALLEST_BATCH, LARGEST_BATCH = 64, 4096  # that training.batch_tokens takes by itself
 RANDOM_WEIGHTS = " (random weights)"  # how the name of a model without training ends
+
+# Bounds of numbers. Each is beyond what anybody has used, and a number above it is a slip that would end in a crash or never.
+MOST_THREADS = 1024  # of one machine; more cannot be started on most systems
+MOST_TOKENS = 10**12  # a training of years on one device; language models themselves have seen ten times as many
+MOST_BATCH = 2**24  # tokens of a step, whose codes are in memory at once
+MOST_EPOCHS = 10_000
+MOST_FEATURES = 2**24  # of one dictionary: the widest that was published has so many
+MOST_CONTEXT = 2**24  # tokens; the longest context of a model is 10 million
+MOST_SEED = 2**32 - 1  # the generators of all libraries take it
+MOST_LAYERS = 10_000
+MOST_SHOWN = 10_000  # of anything that a person reads or a model is asked for one by one
+MOST_COEFFICIENT = 1e6
+MOST_PRICE = 1e9  # in any currency
+MOST_MINUTES = 525_600  # a year
+MOST_SECONDS = 86_400  # a day
 
 WHOLE_K = ("topk", "batch_topk", "matryoshka")
 # Which of k and l1 our architectures read; one of a third party is given both.
@@ -33,34 +50,38 @@ def _require_known(kind: str, names: list[str], registry: Registry) -> None:
 
 
 class Section(BaseModel):
-    """Part of a study: frozen, and closed to unknown keys."""
+    """Part of a study: frozen, and closed to unknown keys; its numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+LayerNumber = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
+Coefficient = Annotated[float, Field(ge=0, le=MOST_COEFFICIENT)]
 
 
 class L1Schedule(Section):
     """L1 coefficients by thirds of depth, on scaled activations."""
 
-    early: float = Field(ge=0)
-    mid: float = Field(ge=0)
-    late: float = Field(ge=0)
+    early: Coefficient
+    mid: Coefficient
+    late: Coefficient
 
 
 class DictionaryOverride(Section):
     """What one model or layer has otherwise than the study's `dictionary`."""
 
     architecture: str | None = None
-    expansion: float | None = Field(default=None, gt=0)
-    d_sae: int | None = Field(default=None, ge=1)
-    k: int | None = Field(default=None, ge=1)
-    l1: float | L1Schedule | None = None
-    target_l0: float | None = Field(default=None, gt=0)
+    expansion: float | None = Field(default=None, gt=0, le=MOST_FEATURES)
+    d_sae: int | None = Field(default=None, ge=1, le=MOST_FEATURES)
+    k: int | None = Field(default=None, ge=1, le=MOST_FEATURES)
+    l1: Coefficient | L1Schedule | None = None
+    target_l0: float | None = Field(default=None, gt=0, le=MOST_FEATURES)
 
 
 class ModelOverride(DictionaryOverride):
     """The same for a model, whose layers may differ again."""
 
-    per_layer: dict[int, DictionaryOverride] | None = None
+    per_layer: dict[LayerNumber, DictionaryOverride] | None = None
 
 
 class DictionarySpec(Section):
@@ -69,16 +90,21 @@ class DictionarySpec(Section):
     architecture: str = Field(
         default="topk", description="`topk`, `batch_topk`, `matryoshka`, `jumprelu`, `gated` or `relu`."
     )
-    expansion: float = Field(default=8, gt=0, description="Features per dimension of the model.")
+    expansion: float = Field(default=8, gt=0, le=MOST_FEATURES, description="Features per dimension of the model.")
     d_sae: int | None = Field(
-        default=None, ge=1, examples=[4096], description="Number of features, in place of `expansion`."
+        default=None,
+        ge=1,
+        le=MOST_FEATURES,
+        examples=[4096],
+        description="Number of features, in place of `expansion`.",
     )
     k: int = Field(
         default=32,
         ge=1,
+        le=MOST_FEATURES,
         description="Active features per token; on average (`batch_topk`, `matryoshka`, `jumprelu`) or of each (`topk`).",
     )
-    l1: float | L1Schedule = Field(
+    l1: Coefficient | L1Schedule = Field(
         default=5.0,
         description="`relu`, `gated`: one coefficient, or `{early: 5, mid: 4, late: 3}` by thirds of depth. It is that of "
         "f · ‖decoder row‖ on activations scaled to mean norm √d_model.",
@@ -86,11 +112,12 @@ class DictionarySpec(Section):
     target_l0: float | None = Field(
         default=None,
         gt=0,
+        le=MOST_FEATURES,
         examples=[32],
         description="Active features per token that every layer shall have. `relu` and `gated` move their `l1` until they have "
         "it, starting from what is given; for the others it is another word for `k`, and counts before it.",
     )
-    per_layer: dict[int, DictionaryOverride] = Field(
+    per_layer: dict[LayerNumber, DictionaryOverride] = Field(
         default={}, examples=[{0: {"k": 16}}], description="Overrides of single layers."
     )
 
@@ -143,7 +170,21 @@ class DictionarySpec(Section):
             raise ValueError(unknown("architecture", self.architecture, ARCHITECTURES.names()))
         if self.architecture in WHOLE_K and self.target_l0 is not None and self.target_l0 % 1:
             raise ValueError(f"{self.architecture} keeps a whole number of features, found target_l0 {self.target_l0}")
+        if self.d_sae is not None:
+            self.require_fit(self.d_sae)
         return self
+
+    def require_fit(self, num_features: int) -> None:
+        """ValueError unless a dictionary of so many features can be made and have `l0` of them active."""
+        if not 1 <= num_features <= MOST_FEATURES:
+            raise ValueError(
+                f"a dictionary has 1 to {MOST_FEATURES:,} features, found {num_features:,}; change expansion or d_sae"
+            )
+        if self.l0 is not None and self.l0 > num_features:
+            asked = "k" if self.target_l0 is None else "target_l0"
+            raise ValueError(
+                f"{asked} {self.l0:g} is more than the {num_features} features; lower {asked}, or raise d_sae or expansion"
+            )
 
 
 class ModelSpec(Section):
@@ -158,7 +199,7 @@ class ModelSpec(Section):
         examples=["my-model"],
         description="What it is called everywhere; by default the last part of the path, or `zoo/NAME`.",
     )
-    layers: Literal["all"] | list[int] = Field(
+    layers: Literal["all"] | Annotated[list[LayerNumber], Field(min_length=1)] = Field(
         default="all",
         description="Or a list such as `[0, 3, 5]`: the residual stream after these blocks, counted from 0.",
     )
@@ -219,6 +260,7 @@ class DataSpec(Section):
     context: int = Field(
         default=128,
         ge=2,
+        le=MOST_CONTEXT,
         description="Longest piece of text that the model sees at once, in tokens. At most the model's own context.",
     )
     heldout: float = Field(
@@ -239,21 +281,23 @@ class DataSpec(Section):
 class TrainingSpec(Section):
     """How long and how fast. `tokens` are those of one epoch."""
 
-    tokens: int = Field(default=2_000_000, ge=1, description="Tokens of one epoch.")
-    epochs: int = Field(default=1, ge=1, description="Times that these tokens are seen.")
+    tokens: int = Field(default=2_000_000, ge=1, le=MOST_TOKENS, description="Tokens of one epoch.")
+    epochs: int = Field(default=1, ge=1, le=MOST_EPOCHS, description="Times that these tokens are seen.")
     passes: int = Field(
         default=1,
         ge=1,
+        le=MOST_EPOCHS,
         description="Times that the activations at hand are trained on before the next text is read. Each time in another "
         "order. Where the model takes longer than the dictionaries, two passes cost little and are worth nearly as much as twice "
         "the text.",
     )
-    batch_tokens: int | Literal["auto"] = Field(
+    batch_tokens: Annotated[int, Field(ge=1, le=MOST_BATCH)] | Literal["auto"] = Field(
         default="auto",
         description="Tokens of one step, a number or `auto`. `auto` takes about as many tokens a step as steps: the power of "
         "two that is nearest to √(tokens · epochs), from 64 to 4096. Short runs need steps, long ones even gradients.",
     )
-    lr: float | Literal["auto"] = Field(
+    # without an upper bound: what is too much shows in the loss, which ends the training as soon as it is not finite
+    lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
         description="Learning rate, a number or `auto`. `auto` is 1.3e-2 · √(min(batch, 4096) / 256) · "
         "√(512 / max(512, features)) · √(min(1, steps / 300)).",
@@ -272,6 +316,7 @@ class TrainingSpec(Section):
     seed: int = Field(
         default=0,
         ge=0,
+        le=MOST_SEED,
         description="Of the order of texts, of shuffling and of the first weights. Each layer draws from its own.",
     )
     ceiling_seeds: int = Field(
@@ -287,6 +332,7 @@ class TrainingSpec(Section):
     checkpoint_minutes: float = Field(
         default=5,
         ge=0,
+        le=MOST_MINUTES,
         description="Minutes between checkpoints; 0: as often as can be. Longer if saving takes more than 2 % of the time. "
         "Changes no result.",
     )
@@ -306,6 +352,11 @@ class TrainingSpec(Section):
         if self.batch_tokens > self.tokens * self.epochs:
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is more than the {self.tokens * self.epochs} tokens of the training"
+            )
+        if self.tokens * self.epochs * self.passes > MOST_TOKENS:
+            raise ValueError(
+                f"tokens · epochs · passes is {self.tokens * self.epochs * self.passes:,}, and no training has more than "
+                f"{MOST_TOKENS:,} tokens; lower one of them"
             )
         return self
 
@@ -341,14 +392,19 @@ class EvaluationSpec(Section):
     tokens: int = Field(
         default=200_000,
         ge=1,
+        le=MOST_TOKENS,
         description="Held-out tokens for quality, features and matching. They are counted in the first model's.",
     )
     spliced_tokens: int = Field(
-        default=20_000, ge=1, description="Of these, for running the model with each dictionary in place."
+        default=20_000,
+        ge=1,
+        le=MOST_TOKENS,
+        description="Of these, for running the model with each dictionary in place.",
     )
     sample_tokens: int = Field(
         default=20_000,
         ge=1,
+        le=MOST_TOKENS,
         description="Of these, for labels and reconstruction, which keep the residual stream in memory.",
     )
 
@@ -373,7 +429,9 @@ class LlmSpec(Section):
         description="The environment variable that holds the key, if there is one. The key itself is never written down. `null` "
         "sends none.",
     )
-    features: int = Field(default=20, ge=1, description="Of each layer, of those that no other labeler has words for.")
+    features: int = Field(
+        default=20, ge=1, le=MOST_FEATURES, description="Of each layer, of those that no other labeler has words for."
+    )
     order: Literal["active", "influential"] = Field(
         default="active",
         description="Which come first. `active`: largest sum of activation on the selection text. `influential`: largest measured "
@@ -382,37 +440,45 @@ class LlmSpec(Section):
     examples: int = Field(
         default=20,
         ge=1,
+        le=MOST_SHOWN,
         description="Contexts of the selection text that a label is made from, at even ranks of activation.",
     )
     judged: int = Field(
         default=20,
         ge=2,
+        le=MOST_SHOWN,
         description="Held-out contexts in which the feature is active, at even ranks, and as many in which it is not.",
     )
-    per_call: int = Field(default=5, ge=1, description="Contexts judged in one answer.")
+    per_call: int = Field(default=5, ge=1, le=MOST_SHOWN, description="Contexts judged in one answer.")
     context: int = Field(
         default=32,
         ge=2,
+        le=MOST_CONTEXT,
         description="Tokens of a context; where documents are short and much alike, less leaves contexts in which a feature is not "
         "active.",
     )
     answer_tokens: int = Field(
-        default=200, ge=1, description="Longest answer, in tokens; a model that reasons aloud needs more."
+        default=200,
+        ge=1,
+        le=MOST_CONTEXT,
+        description="Longest answer, in tokens; a model that reasons aloud needs more.",
     )
     price_in: float | None = Field(
         default=None,
         ge=0,
+        le=MOST_PRICE,
         description="Of a million tokens of prompts, in any currency; with `price_out` the cost is said in money.",
     )
-    price_out: float | None = Field(default=None, ge=0, description="Of a million tokens of answers.")
-    timeout_seconds: float = Field(default=60, gt=0, description="Seconds that one try may take.")
+    price_out: float | None = Field(default=None, ge=0, le=MOST_PRICE, description="Of a million tokens of answers.")
+    timeout_seconds: float = Field(default=60, gt=0, le=MOST_SECONDS, description="Seconds that one try may take.")
     retries: int = Field(
         default=5,
         ge=0,
+        le=MOST_SHOWN,
         description="Further tries after 429, 5xx, time-outs, lost connections and replies that are none. With growing pauses, or "
         "as long as the endpoint asks for.",
     )
-    concurrency: int = Field(default=4, ge=1, description="Calls at once.")
+    concurrency: int = Field(default=4, ge=1, le=MOST_THREADS, description="Calls at once.")
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -442,6 +508,7 @@ class FeatureSpec(Section):
     contexts: int = Field(
         default=6,
         ge=1,
+        le=MOST_SHOWN,
         description="Examples of each feature from the top, and as many over the quantiles of its activation.",
     )
     labelers: list[str] = Field(
@@ -489,7 +556,9 @@ class TransferSpec(Section):
         default=["reconstruction", "matching"],
         description="Also `similarity`, `flow`, or `mypackage.module:Metric`. See [measures.md](measures.md).",
     )
-    min_count: int = Field(default=30, ge=1, description="Features active on fewer tokens are left out.")
+    min_count: int = Field(
+        default=30, ge=1, le=MOST_TOKENS, description="Features active on fewer tokens are left out."
+    )
     spliced: bool = Field(
         default=False,
         description="Reconstruction also measures `delta_ce`. The target model is run once for each pair of layers.",
@@ -507,16 +576,16 @@ class TraceSpec(Section):
     prompts: list[str] = Field(
         default=[], examples=[["What is 15 + 27?"]], description="Traced and compared by `throughline run`."
     )
-    features: int = Field(default=6, ge=1, description="Features shown per layer, beside labelled ones.")
-    answer_tokens: int = Field(default=8, ge=1, description="Longest answer, in tokens.")
+    features: int = Field(default=6, ge=1, le=MOST_SHOWN, description="Features shown per layer, beside labelled ones.")
+    answer_tokens: int = Field(default=8, ge=1, le=MOST_SHOWN, description="Longest answer, in tokens.")
     share: float = Field(
         default=0.8,
         gt=0,
         le=1,
         description="Share of each layer's influence on the answer that the graph's nodes carry together.",
     )
-    nodes: int = Field(default=24, ge=1, description="Nodes of the graph in each layer, at most.")
-    chains: int = Field(default=3, ge=0, description="Chains shown for each token of the answer.")
+    nodes: int = Field(default=24, ge=1, le=MOST_SHOWN, description="Nodes of the graph in each layer, at most.")
+    chains: int = Field(default=3, ge=0, le=MOST_SHOWN, description="Chains shown for each token of the answer.")
 
 
 class ExecutorSpec(Section):
@@ -533,11 +602,16 @@ class ExecutorSpec(Section):
         description="Of a Ray cluster: `auto`, `HOST:6379` or `ray://HOST:10001`. None starts Ray on this machine.",
     )
     cpus: int | None = Field(
-        default=None, ge=1, examples=[2], description="Threads of a job. None: all of the machine (`local`), 1 (`ray`)."
+        default=None,
+        ge=1,
+        le=MOST_THREADS,
+        examples=[2],
+        description="Threads of a job. None: all of the machine (`local`), 1 (`ray`).",
     )
     processes: int | None = Field(
         default=None,
         ge=1,
+        le=MOST_THREADS,
         examples=[2],
         description="Models worked on side by side, each in a process of its own, with `local` on a CPU. None: one for each "
         "thread if all models are narrower than 256, else 1.",
@@ -545,12 +619,14 @@ class ExecutorSpec(Section):
     gpus: float | None = Field(
         default=None,
         ge=0,
+        le=MOST_THREADS,
         examples=[0.5],
         description="GPUs of a job, with `ray`; 0.5 puts two jobs on one. None: 1 where there are any.",
     )
     devices: int | None = Field(
         default=None,
         ge=1,
+        le=MOST_THREADS,
         examples=[2],
         description="Devices that train one block together, with `ray`, each a share of every batch. None: 1, but more where GPUs "
         "outnumber the layers that are left.",
@@ -611,7 +687,20 @@ class Study(Section):
             raise ValueError(
                 f"models need different names (letters and digits count), found {', '.join(sorted(twice))} twice"
             )
+        for model in self.models:
+            self._require_overrides_fit(model)
         return self
+
+    def _require_overrides_fit(self, model: ModelSpec) -> None:
+        """ValueError for what is wrong with a dictionary only once the overrides of its model and layer are applied."""
+        where = f"dictionary of {model.name}"
+        try:
+            dictionary = self.dictionary_for(model)
+            for layer in dictionary.per_layer:
+                where = f"dictionary of {model.name}, layer {layer}"
+                dictionary.at_layer(layer)
+        except ValidationError as error:
+            raise ValueError(f"{where}: {_describe_all(error)}") from None
 
     def model(self, name: str | None) -> ModelSpec:
         """The model called `name` (the only one, if None); InputError names the known ones."""
@@ -636,7 +725,7 @@ def load_study(path: str | Path, settings: list[str] | None = None) -> Study:
         raise InputError(f"study file {path} does not exist; `throughline init` writes one")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} should hold keys and values (name, models, data, …), found {type(tree).__name__}")
@@ -671,8 +760,8 @@ def _set(tree: dict, setting: str) -> None:
         raise InputError(f"--set expects a.b=value, found {setting!r}")
     try:
         plain = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {setting}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
+    except NOT_YAML as error:
+        raise InputError(f"--set {setting}: {_shorten(value)} is not YAML: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")
     node: Any = tree
     for i, parent in enumerate(parents):
@@ -732,15 +821,16 @@ def _describe(where: str, fault: Any, *others: Any) -> str:
     expected = " or ".join([messages[0], *(m.removeprefix("input should be ") for m in messages[1:])])
     if fault["type"] == "value_error":  # our own words, which say what was found
         return f"{where}: {expected}" if where else expected
-    return f"{where}: {expected}, found {_shorten(fault['input'])}"
+    found = f"{expected}, found {_shorten(fault['input'])}"
+    return f"{where}: {found}" if where else found
 
 
 def _expectation(message: str) -> str:
     """What pydantic says was expected, as the rest of a sentence."""
-    message = message.removeprefix("Value error, ").partition(", unable to parse")[0]
+    message = message.removeprefix("Value error, ").partition(", unable to parse")[0].partition(" after validation")[0]
     if "a valid dictionary or instance of" in message:
         return "input should be keys and values"
-    return message.replace("Input should", "input should")
+    return message.replace("Input should", "input should").replace("List should", "list should")
 
 
 def _shorten(value: Any) -> str:
@@ -750,7 +840,9 @@ def _shorten(value: Any) -> str:
 
 def _is_branch(part: object) -> bool:
     """True for what pydantic adds to a location to say which alternative of a union it tried."""
-    return isinstance(part, str) and (part in ("float", "int", "L1Schedule") or "[" in part)
+    return isinstance(part, str) and (
+        part in ("float", "int", "L1Schedule") or "[" in part or part.startswith("constrained-")
+    )
 
 
 def _keys_at(location: tuple) -> list[str]:

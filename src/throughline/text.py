@@ -55,6 +55,12 @@ def announce_hub(data: DataSpec, say: Callable[[str], None]) -> None:
         say(f"reading {data.path} from the Hugging Face hub")
 
 
+def check_prompt(prompt: str) -> None:
+    """InputError if a prompt has no text."""
+    if not prompt.strip():
+        raise InputError('the prompt is empty; give one in quotes, such as "What is 15 + 27?"')
+
+
 def measure_text(data: DataSpec) -> int | None:
     """Bytes of a local source; None for a hub dataset or the bundled generator, which does not end."""
     path = Path(data.path).expanduser()

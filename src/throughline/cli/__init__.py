@@ -17,7 +17,19 @@ USER_CAN_MEND = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.E
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry point of `throughline`: run a command, and print errors of the user's making as one line."""
+    """Entry point of `throughline`: run a command, and print errors of the user's making as one line.
+
+    If standard output was closed before it began (`>&-`), it ends with 1 as soon as something is to be printed there.
+    """
+    unheard = _replace_closed_streams()
+    try:
+        _run(arguments, unheard)
+    finally:
+        if unheard:
+            _forget_output()
+
+
+def _run(arguments: list[str] | None, unheard: bool) -> NoReturn:
     from typer.exceptions import TyperException
 
     from throughline import lean_imports
@@ -42,14 +54,38 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, SystemExit) as stop:
         code = STOPPED if isinstance(stop, KeyboardInterrupt) else stop.code
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         sys.exit(1)
     except OSError as error:
+        if unheard and error.errno == errno.EBADF:
+            sys.exit(1)
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{where}{error.strerror or error}", 2 if error.errno in USER_CAN_MEND else 1)
     if code == STOPPED:
         _end("stopped; train and run continue with --resume, demo with the same command", STOPPED)
     sys.exit(code)
+
+
+def _replace_closed_streams() -> bool:
+    """Give a standard stream that was closed before we began a stand-in, so that no file of ours takes its number.
+
+    True if there is no standard output; what is written to its stand-in, which is open for reading, raises EBADF.
+    """
+    unheard = sys.stdout is None
+    stand_ins = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w"))
+    for number, (name, flags, mode) in enumerate(stand_ins):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, flags)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+    return unheard
+
+
+def _forget_output() -> None:
+    """Let what is still to be written to standard output go nowhere, in place of an error when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(line: str, code: int) -> NoReturn:

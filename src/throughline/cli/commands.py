@@ -107,7 +107,7 @@ def run(
     from throughline import api
     from throughline.cli import live, render
 
-    place = out or _default_place(study, settings)
+    place = _default_place(study, settings) if out is None else out
     with live.Live(quiet, place) as news, _figures_of_the_gate(place, quiet):
         finished = api.run(study, out, settings, resume, force, device, news.say, news.progress, approve=_approval(yes))
     if not quiet:
@@ -152,7 +152,7 @@ def train(
     from throughline import api
     from throughline.cli import live
 
-    with live.Live(quiet, out or _default_place(study, settings)) as news:
+    with live.Live(quiet, _default_place(study, settings) if out is None else out) as news:
         made = api.train(study, out, settings, resume, device, news.say, news.progress)
     if not quiet:
         typer.echo(f"trained; evaluate with: throughline evaluate {made.place}")
@@ -351,11 +351,23 @@ def trace(
     from throughline import api
     from throughline.cli import live, traced
 
+    if graph is not None:
+        _require_writable(graph)
     with live.Live(quiet or as_json) as news:
         found = api.trace(run, prompt, model, off, against, linearization, set_, not no_verify, force, device, news.say)
     if graph is not None:
         _write_graph(graph, found)
     _print(as_json, found.model_dump(), lambda: traced.trace(found), quiet)
+
+
+def _require_writable(graph: Path) -> None:
+    """InputError, before anything is traced, if the file cannot be made."""
+    from throughline.errors import InputError
+
+    if graph.is_dir():
+        raise InputError(f"--graph {graph} is a folder; give the name of a file")
+    if not graph.parent.is_dir():
+        raise InputError(f"--graph {graph} cannot be written: there is no folder {graph.parent}; make it first")
 
 
 def _write_graph(path: Path, found: Any) -> None:

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import throughline.errors as errors
 from throughline.errors import ThroughlineError, TrainingError
@@ -22,6 +22,7 @@ from throughline.session import Session
 from throughline.training import Progress
 
 NARROW = 256  # d_model below which one core is enough for a product
+LOOK_SECONDS = 0.2  # between looks at whether Ctrl-C was pressed
 END_SECONDS = 5.0  # that a process gets to end by itself
 MOST_LOSSES = 3  # of processes with one model, which then seems to be what kills them
 MODEL_PROCESS = "throughline.executors.model_process"
@@ -34,6 +35,7 @@ THREAD_COUNT_VARIABLES = (
     "POLARS_MAX_THREADS",
 )
 Message = Mapping[str, Any]
+_Event: TypeAlias = "tuple[_Process, Message]"
 
 
 class SideBySide(NamedTuple):
@@ -77,7 +79,7 @@ def advance_models(
     the first model, as soon as that has labels. A model whose process is lost goes on in another.
     """
     waiting, failures, losses = deque(models), [], Counter[str]()
-    events: SimpleQueue[tuple[_Process, Message]] = SimpleQueue()
+    events: SimpleQueue[_Event] = SimpleQueue()
     processes = [_Process(session, division.threads, events) for _ in range(min(division.processes, len(waiting)))]
 
     def give(process: _Process) -> bool:
@@ -92,7 +94,7 @@ def advance_models(
     try:
         busy = sum(give(process) for process in processes)
         while busy:
-            process, message = events.get()
+            process, message = _next_of(events)
             if "say" in message:
                 session.say(message["say"])
             elif "progress" in message:
@@ -129,7 +131,7 @@ def advance_models(
 class _Process:
     """A process that takes one model after another; what it says is put into `events`."""
 
-    def __init__(self, session: Session, threads: int, events: "SimpleQueue[tuple[_Process, Message]]") -> None:
+    def __init__(self, session: Session, threads: int, events: "SimpleQueue[_Event]") -> None:
         command = [sys.executable, "-m", MODEL_PROCESS]
         command += [session.run.place, session.device, str(threads)]
         self._process = subprocess.Popen(
@@ -181,6 +183,15 @@ class _Process:
             self._events.put((self, json.loads(line)))
         if not self._ended:
             self._events.put((self, {"lost": True}))
+
+
+def _next_of(events: "SimpleQueue[_Event]") -> "_Event":
+    """What comes next. Polars has the system restart calls that Ctrl-C interrupts, so that one that waits on would not notice."""
+    while True:
+        try:
+            return events.get(timeout=LOOK_SECONDS)
+        except Empty:
+            continue
 
 
 def _error_of(kind: str, sentence: str) -> ThroughlineError:

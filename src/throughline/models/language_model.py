@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from throughline.errors import InputError
+from throughline.model_files import check_layers
 from throughline.models.attention import use_short_attention_
 from throughline.models.structure import find_structure
 
@@ -59,13 +60,6 @@ class Past(NamedTuple):
 
 class _Stop(Exception):
     """Raised by a hook once everything asked for has been seen."""
-
-
-def check_layers(name: str, wanted: Literal["all"] | list[int], num_layers: int) -> None:
-    """InputError for the first wanted layer that a model of this depth has not."""
-    for layer in [] if wanted == "all" else wanted:
-        if not 0 <= layer < num_layers:
-            raise InputError(f"layer {layer} asked of {name}, which has layers 0-{num_layers - 1}")
 
 
 class LanguageModel:

@@ -22,18 +22,18 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
+from throughline import gguf_models
 from throughline.errors import InputError
-from throughline.models import gguf
+from throughline.model_files import check_folder, check_layers, is_local
 from throughline.models.bos import Bos, set_bos_
 from throughline.models.families import FAMILIES
 from throughline.models.gelu import fuse_gelu_
-from throughline.models.language_model import LanguageModel, check_layers, quiet_transformers
+from throughline.models.language_model import LanguageModel, quiet_transformers
 from throughline.models.random_weights import build_empty, build_random, byte_tokenizer
 from throughline.models.unfilled import Unfilled
 from throughline.study import ModelSpec
 from throughline.zoo import resolve_path
 
-PICKLED = ("*.bin", "*.pt", "*.pth")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model")
 
 
@@ -105,39 +105,18 @@ def check_model(spec: ModelSpec) -> ModelFacts:
 
 def _find(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     """Where the model is, and its configuration."""
-    path = gguf.locate(resolve_path(spec.path))
+    path = gguf_models.locate(resolve_path(spec.path))
     folder = Path(path).expanduser()
-    if (file := gguf.find_file(folder)) and spec.weights == "trained":
-        folder = gguf.unpack(file)
+    if (file := gguf_models.find_file(folder)) and spec.weights == "trained":
+        folder = gguf_models.unpack(file)
         path = str(folder)
-    if folder.exists() or path.startswith((".", "/", "~")):
-        _check_folder(folder, needs_weights=spec.weights == "trained")
+    if is_local(path):
+        check_folder(folder, needs_weights=spec.weights == "trained")
         path = str(folder)
     with _quiet():
         config = _said_in_one_line(path, PreTrainedConfig.get_config_dict, path, revision=spec.revision)[0]
     _check_config(path, config)
     return path, config
-
-
-def _check_folder(folder: Path, needs_weights: bool) -> None:
-    if not folder.is_dir():
-        raise InputError(
-            f"model folder {folder} does not exist; give a folder, a hub id such as openai-community/gpt2, or zoo/NAME"
-        )
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model folder {folder} has no config.json, so it is not a Hugging Face model")
-    if not needs_weights or any(folder.glob("*.safetensors")):
-        return
-    pickled = next((file.name for pattern in PICKLED for file in sorted(folder.glob(pattern))), None)
-    if pickled:
-        raise InputError(
-            f"model folder {folder} has pickled weights only ({pickled}), which can run code when read; "
-            f"convert to safetensors"
-        )
-    raise InputError(
-        f"model folder {folder} has config.json but no weights (*.safetensors); "
-        "to measure speed and memory without, set weights: random"
-    )
 
 
 def _check_config(path: str, config: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from throughline.jobs import count_tokens
+from throughline.model_files import check_layers
 from throughline.models import check_model, read_tokenizer
-from throughline.models.language_model import check_layers
 from throughline.pipeline.keys import steps_of
 from throughline.planning.blocks import Block, Device, find_misfit, work_of
 from throughline.planning.costs import (

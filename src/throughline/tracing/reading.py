@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from throughline.errors import InputError
 from throughline.records import ActiveFeature, LayerReading, Target, Trace, TraceEdge
+from throughline.text import check_prompt
 from throughline.tokens import encode_prompt
 from throughline.tracing.answer import find_answer, spell
 from throughline.tracing.baselines import OffKind, find_baseline
@@ -217,9 +217,3 @@ def _notes(subject: Subject, text: str, expected: str | None) -> list[str]:
     if not answer.answer_ids:
         notes.append("the model ends the text at once; effects are on its choice of the end")
     return notes
-
-
-def check_prompt(prompt: str) -> None:
-    """InputError if there is nothing to trace."""
-    if not prompt.strip():
-        raise InputError('the prompt is empty; give one in quotes, such as "What is 15 + 27?"')

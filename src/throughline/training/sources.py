@@ -4,6 +4,7 @@ A source gives the same batches again each time it is read, so that training can
 tokens a batch has is the source's choice; the epochs follow one another, and no batch has tokens of two.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -67,17 +68,26 @@ def _fewer(available: int, wanted: int | None) -> int:
     return available if wanted is None else min(available, wanted)
 
 
-def _shape_of(piece: Any, what: str) -> tuple[int, int, int]:
-    """L, N and D; InputError unless it is an array of floats [N, D] or [L, N, D]."""
+def _shape_of(piece: Any, what: str, needs_numbers: bool = True) -> tuple[int, int, int]:
+    """L, N and D; InputError unless it is an array of floats [N, D] or [L, N, D] that has its numbers, if those are needed."""
     wanted = f"{what} should have shape [tokens, width] or [layers, tokens, width]"
     if not isinstance(piece, np.ndarray | Tensor):
         raise InputError(f"{wanted}, found {type(piece).__name__}")
+    if isinstance(piece, np.ma.MaskedArray):
+        raise InputError(
+            f"{what} should have all of its numbers, found a masked array; give one without a mask (.filled(…))"
+        )
+    if isinstance(piece, Tensor) and (piece.layout != torch.strided or piece.is_nested):
+        found = "a nested tensor" if piece.is_nested else f"layout {piece.layout}"
+        raise InputError(f"{what} should be a dense tensor, found {found}; give one that .to_dense() or padding makes")
     shape = tuple(piece.shape)
     if len(shape) not in (2, 3):
         raise InputError(f"{wanted}, found shape {shape}")
     known = piece.dtype in (*DTYPES, torch.float64) if isinstance(piece, Tensor) else piece.dtype.kind == "f"
     if not known:
         raise InputError(f"{what} should hold floating-point numbers, found {piece.dtype}")
+    if needs_numbers and isinstance(piece, Tensor) and piece.is_meta:
+        raise InputError(f"{what} has a shape and no numbers, found a tensor on the device meta; give one with numbers")
     L, N, D = shape if len(shape) == 3 else (1, *shape)
     if not L or not D:
         raise InputError(f"{what} should have at least one layer and a width, found shape {shape}")
@@ -139,7 +149,10 @@ class ShardSource:
                     f"{first.num_layers} of width {first.d_model}; expected the same in all files of the folder"
                 )
         self.num_layers, self.d_model = first.num_layers, first.d_model
-        self.num_tokens = _fewer(sum(shard.num_tokens for shard in self._shards), num_tokens)
+        available = sum(shard.num_tokens for shard in self._shards)
+        if not available:
+            raise InputError(f"the activations in {folder} are empty; write one row or more")
+        self.num_tokens = _fewer(available, num_tokens)
 
     def batches(self, start: int = 0) -> Iterator[Float[Tensor, "L n D"]]:
         """As the protocol has it; nothing is read to skip."""
@@ -161,7 +174,7 @@ def _describe_shard(path: Path) -> _Shard:
         with safe_open(path, "pt") as file:
             lazy = file.get_slice(_only_tensor(file, path))
             like = torch.empty(lazy.get_shape(), dtype=_torch_dtype(lazy.get_dtype(), path), device="meta")
-            return _Shard(path, *_shape_of(like, str(path)))
+            return _Shard(path, *_shape_of(like, str(path), needs_numbers=False))
 
 
 def _only_tensor(file: Any, path: Path) -> str:
@@ -192,6 +205,12 @@ class _naming:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, SafetensorError | ValueError | EOFError | OSError | TypeError | KeyError):
             reason = next(iter(str(error).splitlines()), type(error).__name__)
+            # numpy takes whatever is no array of its own for a pickle, and advises to read it in a way that runs its code
+            if "allow_pickle" in reason or "Python objects" in reason:
+                raise InputError(
+                    f"{self._path} is no array of numbers (a pickled one can run code when read, so it is not read); write one of "
+                    "floating-point numbers with numpy.save(…, allow_pickle=False)"
+                ) from None
             raise InputError(f"{self._path} is damaged or no file of activations: {reason}; write it again") from error
 
 
@@ -202,7 +221,8 @@ class IteratorSource:
     """Pieces [n, D] or [L, n, D] from an iterable, or from a function that starts it anew; float32 batches.
 
     A bare iterator (a generator) can be read once: it gives its first piece as often as asked, but InputError if it is read
-    from the beginning again after that, from a later start, or for several `epochs`. `num_tokens` are those of an epoch.
+    from the beginning again after that, from a later start, or for several `epochs`. `num_tokens` are those of an epoch;
+    `ended_after` says how many there were in one that had fewer.
     """
 
     def __init__(
@@ -216,6 +236,7 @@ class IteratorSource:
         self._once = pieces if isinstance(pieces, Iterator) else None
         self._first: list[Piece] = []
         self._used = False
+        self.ended_after: int | None = None
         if self._once is not None and epochs > 1:
             raise self._cannot(f"for {epochs} epochs")
         head = next(iter(self._epoch()), None)
@@ -245,10 +266,12 @@ class IteratorSource:
                 left = None if left is None else left - batch.shape[1]
                 if left == 0:
                     break
+            if left and self.num_tokens:
+                self.ended_after = self.num_tokens - left
 
     def _epoch(self) -> Iterator[Piece]:
         if self._once is None:
-            yield from self._pieces() if callable(self._pieces) else self._pieces
+            yield from _call(self._pieces) if callable(self._pieces) else self._pieces
             return
         if not self._first:
             self._first = list(islice(self._once, 1))
@@ -264,7 +287,67 @@ class IteratorSource:
         )
 
 
+def _call(make_pieces: Callable[[], Any]) -> Iterable[Any]:
+    """What the user's function returns; InputError unless it can be called without arguments and gives an iterable of pieces."""
+    _require_call(make_pieces, "the function that makes activations should need no argument")
+    pieces = make_pieces()
+    if isinstance(pieces, np.ndarray | Tensor) or not isinstance(pieces, Iterable):
+        raise InputError(
+            "the function that makes activations should return an iterator of arrays [tokens, width], found "
+            f"{type(pieces).__name__}; write it with yield, or give an array itself"
+        )
+    return pieces
+
+
+def _require_call(function: Callable[..., Any], sentence: str, *args: Any) -> None:
+    """InputError with `sentence` if a function does not take these arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of something built in, which does not say
+        return
+    try:
+        signature.bind(*args)
+    except TypeError:
+        raise InputError(
+            f"{sentence}, found {getattr(function, '__name__', type(function).__name__)}{signature}"
+        ) from None
+
+
 # ---- whatever the user has
+
+
+class CheckedSource:
+    """A source of the user's own, each of whose batches is looked at: InputError if it is not what the protocol has."""
+
+    def __init__(self, source: ActivationSource) -> None:
+        if isinstance(source, type):
+            raise InputError(
+                f"activations should be a source, found the class {source.__name__}; give one made from it"
+            )
+        _require_call(source.batches, "batches of a source of activations should take the number of its first batch", 0)
+        self._source = source
+        self.num_tokens = getattr(source, "num_tokens", None)
+
+    def batches(self, start: int = 0) -> Iterator[Float[Tensor, "L n D"]]:
+        """As the protocol has it."""
+        batches = self._source.batches(start)
+        if not isinstance(batches, Iterable):
+            raise InputError(
+                f"batches of a source of activations should give an iterator of tensors, found {type(batches).__name__}"
+            )
+        first: tuple[int, int] | None = None
+        for number, batch in enumerate(batches, start):
+            what = f"batch {number} of the source of activations"
+            if not isinstance(batch, Tensor) or batch.ndim != 3:
+                found = f"shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+                raise InputError(f"{what} should be a tensor [layers, tokens, width], found {found}")
+            L, _, D = _shape_of(batch, what)
+            if first and first != (L, D):
+                raise InputError(
+                    f"{what} has {L} layers of width {D}, but the ones before have {first[0]} of width {first[1]}"
+                )
+            first = L, D
+            yield batch
 
 
 class OnDevice:
@@ -285,8 +368,12 @@ def open_source(activations: Any, *, epochs: int = 1, num_tokens: int | None = N
     """
     options: dict[str, Any] = {"epochs": epochs, "num_tokens": num_tokens}
     if isinstance(activations, ActivationSource):
-        return activations
+        return CheckedSource(activations)
     if isinstance(activations, np.ndarray | Tensor):
+        if not _shape_of(activations, "the array of activations")[1]:
+            raise InputError(
+                f"the array of activations is empty, found shape {tuple(activations.shape)}; give one row or more"
+            )
         return ArraySource(activations, **options)
     if isinstance(activations, str | Path):
         return ShardSource(activations, **options)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +18,7 @@ from throughline.errors import DamagedFileError, InputError
 from throughline.files import replacing
 
 T = TypeVar("T")
+HOLDS_MORE = "holds more than tensors, or is damaged; nothing is unpickled here, since that can run code"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,7 +38,10 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     """Arrays of an npz file; object arrays, which are pickled, are refused."""
 
     def load() -> dict[str, Tensor]:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, NpzFile):
+                raise InputError(f"{path} holds one array; expected an archive of several, as numpy.savez writes it")
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
 
     return _read(path, load)
@@ -75,9 +80,9 @@ def _read(path: Path, load: Callable[[], T]) -> T:
     try:
         return load()
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors, or is damaged; nothing is unpickled here, since that can run code"
-        ) from error
+        raise InputError(f"{path} {HOLDS_MORE}") from error
     except (SafetensorError, zipfile.BadZipFile, ValueError, EOFError, KeyError, RuntimeError, OSError) as error:
         reason = next(iter(str(error).splitlines()), "").partition(". ")[0] or type(error).__name__
+        if "pickle" in reason:  # numpy's word for an array of objects, and for whatever it does not know
+            raise InputError(f"{path} {HOLDS_MORE}") from error
         raise DamagedFileError(f"{path} is damaged: {reason}") from error
