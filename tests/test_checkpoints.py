@@ -147,7 +147,7 @@ def test_a_checkpoint_holds_everything(tmp_path):
     trained = {"W_enc", "b_enc", "W_dec", "b_dec"}
     assert names == trained | {f"{n}.{m}" for n in trained for m in "mv"} | {
         *("threshold", "num_batches", "target_l0", "penalty", "log_l0", "mean", "scale", "idle"),
-        *("norm", "left_out"),  # of sinks
+        *("norm", "left_out", "slowed", "setbacks"),  # of sinks, and of a training that went wrong
     }
     found = Checkpoints(keeping.kept[2], KEY, 1).load()
     assert found is not None and (found.step, found.cursor) == (21, Cursor(3, 1, 44))

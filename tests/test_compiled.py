@@ -118,12 +118,12 @@ def test_resampling_points_features_the_same_way(way, monkeypatch, name):
 
         for module in ("compiled", "plain"):
             monkeypatch.setattr(f"throughline.training.{module}.resample_", watched)
-        results[which] = run({0: SPECS[name], 1: SPECS[name]}, 60), sorted(r for r in resampled if r[2])
+        results[which] = run(dict.fromkeys(range(6), SPECS[name]), 60), sorted(r for r in resampled if r[2])
     (fast, when), (slow, expected) = results.values()
     assert when == expected
     if name != "relu":
-        assert {layer for layer, _, _ in when} == {0, 1}
-    assert all(difference(fast[layer], slow[layer]) < 1e-5 for layer in (0, 1))
+        assert len({layer for layer, _, _ in when}) > 1
+    assert all(difference(fast[layer], slow[layer]) < 1e-5 for layer in range(6))
 
 
 def test_groups_of_several_shapes_in_one_run(way):
@@ -251,7 +251,7 @@ def test_a_layer_that_fails_does_not_stop_the_others(monkeypatch, small, at):
     [group] = groups
     assert group.setbacks_L.tolist() == [0, 0, 3 if at == 0 else 1, 0]
     assert [at for at, _ in group.events] == [2] * int(group.setbacks_L[2])
-    assert all(tensor.isfinite().all() for tensor in group.tensors().values())
+    assert all(tensor.isfinite().all() for name, tensor in group.tensors().items() if "l0" not in name)
 
 
 # ---- kernels
@@ -390,7 +390,7 @@ def test_rounding_to_bfloat16_is_torch_s(bits):
     rounded = torch.empty(x_1D.shape, dtype=torch.bfloat16)
     zero_D = np.zeros(x_1D.shape[1], np.float32)
     views = out.numpy(), rounded.view(torch.int16).numpy()
-    kernels.gather(x_1D.numpy(), np.array([0]), zero_D, np.float32(1), *views)
+    kernels.gather(x_1D.numpy(), np.array([0]), zero_D, np.ones_like(zero_D), *views)
     expected = x_1D.bfloat16().view(torch.int16)
     assert torch.equal(torch.where(x_1D == 0, 0, rounded.view(torch.int16)), torch.where(x_1D == 0, 0, expected))
 
@@ -400,16 +400,17 @@ def test_gather(dtype):
     generator = torch.Generator().manual_seed(2)
     chunk_CD = torch.randn(30, 8, generator=generator).to(dtype)
     mean_D, order_N = torch.randn(8, generator=generator), torch.randperm(30, generator=generator)[:12]
+    scale_D = 0.5 + torch.rand(8, generator=generator)
     x_ND, rounded_ND = torch.empty(12, 8), torch.empty(12, 8, dtype=torch.bfloat16)
     kernels.gather(
         chunk_CD.view(torch.int16).numpy() if dtype == torch.bfloat16 else chunk_CD.numpy(),
         order_N.numpy(),
         mean_D.numpy(),
-        np.float32(1.7),
+        scale_D.numpy(),
         x_ND.numpy(),
         rounded_ND.view(torch.int16).numpy(),
     )
-    torch.testing.assert_close(x_ND, 1.7 * (chunk_CD[order_N].float() - mean_D))
+    torch.testing.assert_close(x_ND, scale_D * (chunk_CD[order_N].float() - mean_D))
     assert torch.equal(rounded_ND, x_ND.bfloat16())
 
 

@@ -112,13 +112,15 @@ def test_folded_dictionary_does_in_raw_units_what_training_saw(architecture):
     mean_LD = x_LND.mean(1)
     options = ARCHITECTURES.load(architecture).options(k=K)
     loss_options = {"k": K, "penalty_L": torch.ones(L)}
+    spreads = 1 + torch.rand(L, x_LND.shape[2], generator=torch.Generator().manual_seed(5))
     for layer, scale in enumerate((0.01, 0.4, 30.0)):
-        scaled_LND = (x_LND - mean_LD[:, None]) * scale
+        scale_D = scale / spreads[layer]
+        scaled_LND = (x_LND - mean_LD[:, None]) * scale_D
         seen = ARCHITECTURES.load(architecture).loss(
             stack, scaled_LND, torch.zeros(L, F, dtype=torch.bool), 0.5, **loss_options
         )
-        folded = stack.fold(layer, ARCHITECTURES.load(architecture), mean_LD[layer], scale, options, {})
-        expected = seen.x_hat_LND[layer].detach() / scale + mean_LD[layer]
+        folded = stack.fold(layer, ARCHITECTURES.load(architecture), mean_LD[layer], scale_D, options, {})
+        expected = seen.x_hat_LND[layer].detach() / scale_D + mean_LD[layer]
         error = (folded.reconstruct(x_LND[layer]) - expected).norm() / expected.norm()
         assert error < 1e-5
         torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(F))
@@ -301,5 +303,5 @@ def test_every_architecture(name, tmp_path, probe_ND):
         assert residual < 0.5 * (x_LND[i] - x_LND[i].mean(0)).square().sum()
         save_dictionary(one, tmp_path / str(layer), probe_ND)
         again = load_dictionary(tmp_path / str(layer))
-        assert torch.equal(again.encode(x_LND[i]), f_NF)
+        torch.testing.assert_close(again.encode(x_LND[i]), f_NF)
         assert again.options == one.options

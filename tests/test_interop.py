@@ -202,15 +202,25 @@ def test_half_precision_weights_are_read(tmp_path, x_ND):
         assert_close(found.reconstruct(x_ND), exact.reconstruct(x_ND))
 
 
-def test_topk_rows_of_one_norm_are_folded_and_of_many_refused(x_ND):
+def test_topk_rows_of_one_norm_are_folded_and_of_many_keep_the_choice(x_ND, tmp_path):
     ours = dictionary_of("topk")
     weights = {"W_enc": ours.W_enc, "b_enc": ours.b_enc, "W_dec": ours.W_dec * 0.1, "b_dec": ours.b_dec}
     found = fold("topk", weights, "it", options={"k": 6})
     torch.testing.assert_close(found.W_dec, ours.W_dec)
     assert_close(found.encode(x_ND), ours.encode(x_ND) * 0.1)
-    weights["W_dec"] = ours.W_dec * torch.linspace(0.5, 2, F)[:, None]
-    with pytest.raises(InputError, match=r"it is a TopK dictionary whose decoder rows have norms from 0.5 to 2"):
-        fold("topk", weights, "it", options={"k": 6})
+    norm_F = torch.linspace(0.5, 2, F)
+    weights["W_dec"] = ours.W_dec * norm_F[:, None]
+    found = fold("topk", weights, "it", options={"k": 6})
+    torch.testing.assert_close(found.W_dec.norm(dim=1), torch.ones(F))
+    assert_close(
+        found.encode(x_ND), ours.encode(x_ND) * norm_F
+    )  # those that were chosen before, in units of the stream
+    x_hat_ND = ours.encode(x_ND) @ weights["W_dec"] + ours.b_dec
+    for to in ("saelens", "sparsify", "dictionary-learning"):  # each writes it as it was
+        write_foreign(found, tmp_path / to, to)
+        again = read_foreign(tmp_path / to, to)[1]
+        assert_close(again.encode(x_ND), found.encode(x_ND))
+        assert_close(again.reconstruct(x_ND), x_hat_ND)
 
 
 # ---- refusals

@@ -309,7 +309,7 @@ def test_a_layer_that_jumps_goes_back_and_on(monkeypatch, spec):
         chunks_seen.append(chunk)
         if len(chunks_seen) == 7:
             with torch.no_grad():
-                groups[0].stack.W_dec_LFD[1] *= 50
+                groups[0].stack.W_enc_LFD[1] *= 50
 
     monkeypatch.setattr(engine, "_make_groups", make_and_tell)
     monkeypatch.setattr(engine.SinkFilter, "clean_", clean_and_spoil)

@@ -36,7 +36,7 @@ STUDY: dict[str, Any] = {
     "evaluation": {"tokens": 2000, "sample_tokens": 1000, "spliced_tokens": 500},
     "transfer": {"min_count": 3},
 }
-KEYS = {1: "c0b6be9bb8d1a38e", 4: "dedba63aa27d7922"}  # of a study that knew no twins
+KEYS = {1: "380a765ba0e6bbfc", 4: "2a48a4f824141b04"}  # of a study that knew no twins
 WITH_ONE, WITH_TWO = ["training.ceiling_seeds=1"], ["training.ceiling_seeds=2"]
 DICTIONARY = {"cfg.json", "sae_weights.safetensors", "probe.safetensors"}
 

@@ -33,7 +33,8 @@ class Dictionary:
     """The features of one layer. `options` are the architecture's own (k for topk).
 
     `extra` holds an architecture's further weights, each [F]: `threshold` (jumprelu), `r_mag` and `b_mag` (gated, whose
-    `b_enc` is the gate's bias). A token whose norm is above `sink_norm` is an attention sink (`sinks.py`), of which it knows
+    `b_enc` is the gate's bias), `rank` (topk that chooses the k largest of pre-activation times rank; without it of
+    pre-activations). A token whose norm is above `sink_norm` is an attention sink (`sinks.py`), of which it knows
     nothing: no feature is active there, and its activation stays as it is.
     """
 
@@ -125,7 +126,7 @@ def untrained_like(dictionary: Dictionary, mean_D: Tensor, generator: torch.Gene
     """
     rows = torch.randn(dictionary.W_dec.shape, generator=generator)
     rows = (rows / rows.norm(dim=1, keepdim=True)).to(dictionary.W_dec)
-    b_enc, extra = -(rows @ mean_D), dict(dictionary.extra)
+    b_enc, extra = -(rows @ mean_D), {name: weight for name, weight in dictionary.extra.items() if name != "rank"}
     length_F = dictionary.W_enc.norm(dim=0).clamp_min(1e-12)
     at_mean_F = mean_D @ dictionary.W_enc + dictionary.b_enc
     if "threshold" in extra:

@@ -41,11 +41,11 @@ class Gated(Architecture):
         return {name: torch.zeros(shape[:2], requires_grad=True) for name in ("r_mag", "b_mag")}
 
     @staticmethod
-    def fold(extra: dict[str, Tensor], norm_F: Tensor, scale: float, offset_F: Tensor) -> dict[str, Tensor]:
+    def fold(extra: dict[str, Tensor], norm_F: Tensor, offset_F: Tensor) -> dict[str, Tensor]:
         """The magnitude's bias takes the mean's part, stretched as the encoder is."""
         return {
             "r_mag": extra["r_mag"].clone(),
-            "b_mag": extra["b_mag"] * norm_F / scale - extra["r_mag"].exp() * offset_F,
+            "b_mag": extra["b_mag"] * norm_F - extra["r_mag"].exp() * offset_F,
         }
 
     @staticmethod

@@ -52,9 +52,9 @@ class JumpReLU(Architecture):
         return {"threshold": torch.full((L, F), THRESHOLD * math.sqrt(D), requires_grad=True)}
 
     @staticmethod
-    def fold(extra: dict[str, Tensor], norm_F: Tensor, scale: float, offset_F: Tensor) -> dict[str, Tensor]:
+    def fold(extra: dict[str, Tensor], norm_F: Tensor, offset_F: Tensor) -> dict[str, Tensor]:
         """Thresholds of raw pre-activations."""
-        return {"threshold": extra["threshold"] * norm_F / scale}
+        return {"threshold": extra["threshold"] * norm_F}
 
     @staticmethod
     def loss(

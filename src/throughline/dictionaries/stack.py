@@ -63,10 +63,10 @@ class Architecture:
         return {}
 
     @staticmethod
-    def fold(extra: dict[str, Tensor], norm_F: Tensor, scale: float, offset_F: Tensor) -> dict[str, Tensor]:
+    def fold(extra: dict[str, Tensor], norm_F: Tensor, offset_F: Tensor) -> dict[str, Tensor]:
         """Weights of its own for one layer's raw activations, each [F].
 
-        Pre-activations of raw x are norm_F / scale times those of training; `offset_F` is mean @ W_enc of the folded encoder.
+        Pre-activations of raw x are norm_F times those of training; `offset_F` is mean @ W_enc of the folded encoder.
         """
         return {}
 
@@ -99,7 +99,10 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Stack:
-    """Trainable weights of L layers of one shape, for activations that are centred and scaled to mean norm sqrt(D)."""
+    """Trainable weights of L layers of one shape, for activations that are centred and scaled, each coordinate by its own factor.
+
+    Decoder rows have unit norm in this scale; the folded dictionary's have it in that of the residual stream.
+    """
 
     W_enc_LFD: Float[Tensor, "L F D"]  # a row per feature, as the decoder's: the gradients of active features are rows
     b_enc_LF: Float[Tensor, "L F"]
@@ -193,27 +196,28 @@ class Stack:
         index: int,
         architecture: type[Architecture],
         mean_D: Tensor,
-        scale: float,
+        scale_D: Tensor,
         options: dict[str, Any],
         metadata: dict[str, Any],
     ) -> Dictionary:
         """Layer `index` as a dictionary of raw activations.
 
-        Training saw s(x - m). With unit rows, f' = f / s gives x_hat = f' @ W_dec + b_dec / s + m, and since the
-        activations are positively homogeneous f' = act(x @ W_enc + b_enc / s - m @ W_enc).
+        Training saw s * (x - m), s by coordinate. Rows W_dec / s reconstruct x - m. With their norms n, f' = n f gives
+        x_hat = f' @ (W_dec / s / n) + b_dec / s + m, and since the activations are positively homogeneous
+        f' = act(x @ (n s W_enc) + n b_enc - m @ (n s W_enc)); of what chooses by size among features `fold` keeps the choice.
         """
-        W_dec = self.W_dec_LFD[index].detach().clone()
-        norm_F = W_dec.norm(dim=1).clamp_min(1e-8)
-        W_enc = (self.W_enc_LFD[index].detach() * norm_F[:, None]).T.contiguous()
+        W_dec = self.W_dec_LFD[index].detach() / scale_D
+        norm_F = W_dec.norm(dim=1).clamp_min(1e-30)
+        W_enc = (self.W_enc_LFD[index].detach() * scale_D * norm_F[:, None]).T.contiguous()
         offset_F = mean_D @ W_enc
         extra = {name: tensor[index].detach() for name, tensor in self.extra_LF.items()}
         return Dictionary(
             architecture.inference,
             W_enc=W_enc,
-            b_enc=self.b_enc_LF[index].detach() * norm_F / scale - offset_F,
+            b_enc=self.b_enc_LF[index].detach() * norm_F - offset_F,
             W_dec=W_dec / norm_F[:, None],
-            b_dec=self.b_dec_LD[index].detach() / scale + mean_D,
-            extra=architecture.fold(extra, norm_F, scale, offset_F),
+            b_dec=self.b_dec_LD[index].detach() / scale_D + mean_D,
+            extra=architecture.fold(extra, norm_F, offset_F),
             options=options,
             metadata=metadata,
         )

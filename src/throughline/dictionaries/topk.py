@@ -5,6 +5,7 @@ loss = |x - x_hat|^2 / D + AuxK
 
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -13,9 +14,11 @@ from throughline.dictionaries.selecting import keep_top
 from throughline.dictionaries.share import WHOLE, Share
 from throughline.dictionaries.stack import Architecture, Stack, StepLoss, count_fired
 
+EVEN = 1e-5  # ranks this close to one another are the same
+
 
 class TopK(Architecture):
-    """Options: k."""
+    """Option: k. Weight of its own, after training: `rank`, if features are not in the units in which they were chosen."""
 
     name = "topk"
     inference = "topk"
@@ -24,8 +27,17 @@ class TopK(Architecture):
     def activate(
         pre_NF: Float[Tensor, "N F"], options: dict[str, Any], weights: dict[str, Tensor]
     ) -> Float[Tensor, "N F"]:
-        """The k largest positive entries of each row; all else zero."""
-        return keep_top(pre_NF, options["k"])
+        """The k largest positive entries of each row, or with `rank` those that are largest times it; all else zero."""
+        if "rank" not in weights:
+            return keep_top(pre_NF, options["k"])
+        return torch.where(keep_top(pre_NF * weights["rank"], options["k"]) > 0, pre_NF, 0)
+
+    @staticmethod
+    def fold(extra: dict[str, Tensor], norm_F: Tensor, offset_F: Tensor) -> dict[str, Tensor]:
+        """`rank`, by which features were held against one another before their units changed; none where all changed alike."""
+        rank_F = extra.get("rank", torch.ones_like(norm_F)) / norm_F
+        rank_F = rank_F / rank_F.mean()
+        return {} if (rank_F - 1).abs().max() < EVEN else {"rank": rank_F}
 
     @staticmethod
     def options(k: int, **_: Any) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class CompiledLayer:
         self._ends_P = np.array(prefixes(d_sae) if self.name == "matryoshka" else [d_sae])
         prefix_F = np.searchsorted(self._ends_P, np.arange(d_sae), side="right")
         self._first_row_F = prefix_F.astype(np.int64) * course.batch_tokens
-        self._scale, self._idle_F = self._a["scale"][()], self._a["idle"]
+        self._scale_D, self._idle_F = self._a["scale"], self._a["idle"]
         self._dead_after = float(course.dead_after_of(group))
         moments = [self._a[f"{name}.{which}"] for name in ("W_enc", "b_enc", "W_dec") for which in "mv"]
         encoder = (self._a["W_enc"], self._rounded.view(torch.int16).numpy(), self._a["b_enc"])
@@ -158,7 +158,7 @@ class CompiledLayer:
             chunk_CD,
             order_C,
             a["mean"],
-            self._scale,
+            self._scale_D,
             self.group.k or 0,
             AUX_WEIGHT,
             self._dead_after,
@@ -181,7 +181,7 @@ class CompiledLayer:
     def _step(self, chunk_CD: np.ndarray, order_N: np.ndarray, step: int, s: Workspace) -> tuple[float, float, int]:
         """One step; loss, summed squared error and active features of the batch."""
         a, N = self._a, len(s.x_ND)
-        kernels.gather(chunk_CD, order_N, a["mean"], self._scale, s.x_ND, s.rounded_ND)
+        kernels.gather(chunk_CD, order_N, a["mean"], self._scale_D, s.x_ND, s.rounded_ND)
         torch.mm(s.x, self._encoder, out=s.pre)
         num_codes, smallest = self._select(s)
         loss, error = self._decode(step, num_codes, s)

@@ -44,10 +44,11 @@ LR_AT_256_TOKENS_512_FEATURES = 1.3e-2
 FEW_STEPS = 300
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_AFTER_SHARE = 0.01  # of the run, whichever is less
-DEAD_AFTER_BATCHES = 16  # at least: what a few batches have no use for is not dead
+DEAD_AFTER_BATCHES = 8  # at least: what a few batches have no use for is not dead
 REPORT_SECONDS = 1.0
 SCALED_ON = 4096  # tokens, or as many as features, that dictionaries are initialised from
 PIECE_TOKENS = 512  # of a chunk at a time: they stay in the cache
+SPREAD_FLOOR = 0.1  # of the median variance of coordinates
 LENGTH_FROM = 512  # of them, on which the encoder's first length is found
 Shape = tuple[str, int, int | None]  # architecture, features, and k where it says how many are active
 
@@ -217,13 +218,13 @@ def _make_groups(
     assert chunk is not None
     first_LND, groups = chunk.x_LCD, []
     mean_LD = torch.stack([_mean_of(x_ND) for x_ND in first_LND])
-    scale_L = torch.stack([_scale_of(x_ND, mean_D) for x_ND, mean_D in zip(first_LND, mean_LD, strict=True)])
+    scale_LD = torch.stack([_scale_of(x_ND, mean_D) for x_ND, mean_D in zip(first_LND, mean_LD, strict=True)])
     for twin, ((name, d_sae, k), layers) in _in_order(specs, first_LND.shape[2], training):
         columns = [list(specs).index(layer) for layer in layers]
         architecture = ARCHITECTURES.load(name)
         some = chunk.order_C[: max(SCALED_ON, d_sae)].to(first_LND.device)
         some_LND = torch.stack([first_LND[column, some] for column in columns]).float()
-        x_LND = (some_LND - mean_LD[columns][:, None]) * scale_L[columns][:, None, None]
+        x_LND = (some_LND - mean_LD[columns][:, None]) * scale_LD[columns][:, None]
         generators = [torch.Generator().manual_seed(seed_of(training.seed, layer, twin)) for layer in layers]
         stack = Stack.initialize(x_LND, d_sae, generators, architecture)
         controller = _control(architecture, {layer: specs[layer] for layer in layers}, num_layers, x_LND)
@@ -234,7 +235,7 @@ def _make_groups(
                 **_described(name, d_sae, k, columns, layers, training),
                 twin=twin,
                 mean_LD=mean_LD[columns],
-                scale_L=scale_L[columns],
+                scale_LD=scale_LD[columns],
                 stack=stack,
                 controller=controller,
                 idle_tokens_LF=idle,
@@ -283,9 +284,19 @@ def _mean_of(x_ND: Tensor) -> Tensor:
 
 
 def _scale_of(x_ND: Tensor, mean_D: Tensor) -> Tensor:
-    """What brings the mean norm of centred activations to sqrt(D)."""
-    norms = torch.cat([(piece.float() - mean_D).norm(dim=1) for piece in x_ND.split(PIECE_TOKENS)])
-    return math.sqrt(x_ND.shape[1]) / norms.mean()
+    """What divides each centred coordinate by the square root of its spread and brings the mean norm to sqrt(D), [D].
+
+    The residual stream of some models has coordinates that vary a hundred times as much as others; one of 640 has 96 % of
+    Gemma 3's variance after block 0. A loss in the stream's own scale is about these alone, and a step of the optimizer, which is
+    as long for all, is too long for them: training diverges. Dividing by the spread itself makes all alike, which keeps as much of
+    the model and costs FVU; half way there FVU is as in the stream's own scale (docs/real-models.md). SPREAD_FLOOR keeps
+    coordinates that hardly vary from being blown up.
+    """
+    squares = torch.stack([(piece.float() - mean_D).square().sum(0) for piece in x_ND.split(PIECE_TOKENS)]).sum(0)
+    variance_D = squares / len(x_ND)
+    root_D = (variance_D + SPREAD_FLOOR * variance_D.median() + 1e-30).pow(1 / 4)
+    norms = torch.cat([((piece.float() - mean_D) / root_D).norm(dim=1) for piece in x_ND.split(PIECE_TOKENS)])
+    return math.sqrt(x_ND.shape[1]) / norms.mean() / root_D
 
 
 def _control(
@@ -339,7 +350,7 @@ def _restore(found: Checkpoint, specs: dict[int, DictionarySpec], training: Trai
                 **_described(name, d_sae, k, [list(specs).index(layer) for layer in layers], layers, training),
                 twin=twin,
                 mean_LD=t["mean"],
-                scale_L=t["scale"],
+                scale_LD=t["scale"],
                 stack=stack,
                 controller=SparsityController(t["target_l0"], t["penalty"], t["log_l0"]),
                 idle_tokens_LF=t["idle"],
@@ -403,7 +414,7 @@ def _fold(group: Group, model: str, steps: int, training: TrainingSpec, sinks: S
             i,
             group.architecture,
             group.mean_LD[i],
-            float(group.scale_L[i]),
+            group.scale_LD[i],
             group.options,
             metadata | ({"ceiling_seed": group.twin} if group.twin else {}),
         )

@@ -26,12 +26,12 @@ MOST_GUESSES = 12  # of the limit of a row; what is too much then goes one by on
 
 
 @njit(**COMPILED)
-def gather(chunk_CD: Any, order_N: Any, mean_D: Any, scale: Any, x_ND: Any, rounded_ND: Any) -> None:
-    """x = scale * (chunk[order] - mean), and the same as bfloat16 if `rounded_ND` has rows."""
+def gather(chunk_CD: Any, order_N: Any, mean_D: Any, scale_D: Any, x_ND: Any, rounded_ND: Any) -> None:
+    """x = scale * (chunk[order] - mean), coordinate by coordinate, and the same as bfloat16 if `rounded_ND` has rows."""
     for n in range(len(order_N)):
         given_D, x_D = chunk_CD[order_N[n]], x_ND[n]
         for d in range(len(x_D)):
-            x_D[d] = scale * (number(given_D[d]) - mean_D[d])
+            x_D[d] = scale_D[d] * (number(given_D[d]) - mean_D[d])
         if len(rounded_ND):
             _round(x_D, rounded_ND[n])
 
@@ -501,7 +501,7 @@ def steps_topk(
     chunk_CD: Any,
     order_C: Any,
     mean_D: Any,
-    scale: Any,
+    scale_D: Any,
     k: int,
     aux_weight: float,
     dead_after: float,
@@ -536,7 +536,7 @@ def steps_topk(
     factor = np.float32(2 / (N * D))
     loss, error, num_codes = 0.0, 0.0, 0
     for step in range(len(adam_S)):
-        gather(chunk_CD, order_C[step * N : (step + 1) * N], mean_D, scale, x_ND, rounded_ND)
+        gather(chunk_CD, order_C[step * N : (step + 1) * N], mean_D, scale_D, x_ND, rounded_ND)
         np.dot(x_ND, W_enc_FD.T, pre_NF)
         guess = select_topk(pre_NF, b_enc_F, k, guess, starts_R, counts_R, features_A, values_A)
         error = decode(

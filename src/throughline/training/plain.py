@@ -46,7 +46,7 @@ class PlainTrainer:
         for i in range(num_steps):
             order_N = order_C[i * N + self._ranks.rank : (i + 1) * N : self._ranks.size]
             x_LND = chunk.x_LCD[:, order_N] if everything else chunk.x_LCD[columns, order_N]
-            self._step((x_LND.float() - group.mean_LD[:, None]) * group.scale_L[:, None, None], first_step + i)
+            self._step((x_LND.float() - group.mean_LD[:, None]) * group.scale_LD[:, None], first_step + i)
             if (i + 1) % EVERY_STEPS == 0 or i + 1 == num_steps:
                 self._look(first_step + i + 1)
             tick(i + 1)

@@ -78,7 +78,7 @@ def carry(dictionary: Dictionary, maps: Maps) -> Dictionary:
     carried = {name: tensor.to(dictionary.W_enc).contiguous() for name, tensor in weights.items()}
     # an architecture's own weights follow a shift of the pre-activations as they follow the mean that training took out
     fold = ARCHITECTURES.load(dictionary.architecture).fold
-    extra = fold(dictionary.extra, torch.ones_like(dictionary.b_enc), 1.0, -pushed_F.to(dictionary.b_enc))
+    extra = fold(dictionary.extra, torch.ones_like(dictionary.b_enc), -pushed_F.to(dictionary.b_enc))
     return replace(dictionary, **carried, extra=extra, sink_norm=math.inf)
 
 

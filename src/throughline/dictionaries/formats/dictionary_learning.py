@@ -14,7 +14,13 @@ from torch import Tensor
 
 from throughline.dictionaries.dictionary import Dictionary
 from throughline.dictionaries.formats.files import read_json, read_state_dict, take, write_json
-from throughline.dictionaries.formats.folding import biases_after_subtraction, fold, read_sink_norm, sink_norm_of
+from throughline.dictionaries.formats.folding import (
+    biases_after_subtraction,
+    fold,
+    in_units_of_choice,
+    read_sink_norm,
+    sink_norm_of,
+)
 from throughline.errors import DamagedFileError, InputError
 from throughline.files import replacing
 
@@ -92,6 +98,7 @@ def read(folder: Path) -> Dictionary:
 
 def write(dictionary: Dictionary, folder: Path) -> list[str]:
     """Write a dictionary; returns the file names."""
+    dictionary = in_units_of_choice(dictionary)
     name = WRITTEN_AS[dictionary.architecture]
     kind = CLASSES[name]
     weights = {m: getattr(dictionary, m) for m in ("W_enc", "b_enc", "W_dec", "b_dec")} | dictionary.extra

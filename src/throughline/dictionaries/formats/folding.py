@@ -14,6 +14,7 @@ float64 and kept in float32.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from throughline.dictionaries.dictionary import Dictionary
+from throughline.dictionaries.topk import TopK
 from throughline.errors import DamagedFileError, InputError
 
 MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
-EXTRA = {"relu": (), "topk": (), "jumprelu": ("threshold",), "gated": ("r_mag", "b_mag")}
+EXTRA: dict[str, tuple[str, ...]] = {"relu": (), "topk": (), "jumprelu": ("threshold",), "gated": ("r_mag", "b_mag")}
 SINK_NORM = "sink_norm"  # key: a token whose activation is longer is an attention sink (`sinks.py`)
 UNIT = 1e-6  # row norms this close to 1 are 1 in float32
 UNIFORM = 1e-2  # row norms this close to each other differ by the rounding of a half-precision file
@@ -46,19 +48,22 @@ def fold(
     """A dictionary of ours from weights named as ours are (see the module's equations).
 
     `weights` are W_enc, b_enc, W_dec, b_dec and the architecture's own; `where` is what errors name. `ranked_by_decoder_norm`:
-    TopK chooses by pre-activation times row norm. Weights already in our convention come back bit-equal.
+    TopK chooses by pre-activation times row norm; otherwise by pre-activations, which `rank` keeps where row norms differ. Weights
+    already in our convention come back bit-equal.
     Raises DamagedFileError for wrong shapes and values that are not numbers, InputError for what cannot be folded.
     """
     _check(architecture, weights, where)
     same = {name: tensor.to(torch.float32) for name, tensor in weights.items()}
     norm_F = weights["W_dec"].double().norm(dim=1)
     norm_F = torch.where(norm_F == 0, 1.0, norm_F)  # such a feature does nothing, and keeps doing it
+    rank: dict[str, Tensor] = {}
     if architecture == "topk" and not ranked_by_decoder_norm:
-        norm_F = _common(norm_F, where)
+        norm_F = _common(norm_F)
+        rank = TopK.fold({}, norm_F.float(), norm_F)
     is_unit = bool((norm_F - 1).abs().max() < UNIT)
     if not (is_unit and scale == 1.0 and not subtracts_b_dec):
         same = {name: tensor.float() for name, tensor in _fold(same, norm_F, scale, subtracts_b_dec, is_unit).items()}
-    extra = {name: tensor for name, tensor in same.items() if name not in MATRICES}
+    extra = {name: tensor for name, tensor in same.items() if name not in MATRICES} | rank
     return Dictionary(
         architecture,
         **{name: same[name] for name in MATRICES},
@@ -110,14 +115,25 @@ def _fold(
     return wide
 
 
-def _common(norm_F: Tensor, where: object) -> Tensor:
-    """The one row norm of a TopK dictionary: rows stretched each by its own factor would change which features are largest."""
+def in_units_of_choice(dictionary: Dictionary) -> Dictionary:
+    """A TopK dictionary with features in the units in which they are chosen, as other projects have it: rows then have other norms
+    than 1. Any other dictionary as it is."""
+    if "rank" not in dictionary.extra:
+        return dictionary
+    rank_F = dictionary.extra["rank"]
+    scaled = {
+        "W_enc": dictionary.W_enc * rank_F,
+        "b_enc": dictionary.b_enc * rank_F,
+        "W_dec": dictionary.W_dec / rank_F[:, None],
+    }
+    return replace(dictionary, **scaled, extra={})
+
+
+def _common(norm_F: Tensor) -> Tensor:
+    """Row norms of a TopK dictionary; one for all if they differ by rounding alone."""
     least, most = float(norm_F.min()), float(norm_F.max())
     if most > (1 + UNIFORM) * least:
-        raise InputError(
-            f"{where} is a TopK dictionary whose decoder rows have norms from {least:.3g} to {most:.3g}; bringing them to 1 "
-            "would change which features are active; save it with rescale_acts_by_decoder_norm, or normalise it in training"
-        )
+        return norm_F
     common = norm_F.mean()
     return torch.ones_like(norm_F) if abs(float(common) - 1) < UNIFORM else common.expand_as(norm_F)
 

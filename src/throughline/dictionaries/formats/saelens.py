@@ -14,7 +14,15 @@ import torch
 
 from throughline.dictionaries.dictionary import Dictionary
 from throughline.dictionaries.formats.files import read_json, read_safetensors, take, write_json, write_safetensors
-from throughline.dictionaries.formats.folding import EXTRA, MATRICES, SINK_NORM, fold, read_sink_norm, sink_norm_of
+from throughline.dictionaries.formats.folding import (
+    EXTRA,
+    MATRICES,
+    SINK_NORM,
+    fold,
+    in_units_of_choice,
+    read_sink_norm,
+    sink_norm_of,
+)
 from throughline.errors import DamagedFileError, InputError
 from throughline.registry import ARCHITECTURES
 
@@ -80,6 +88,7 @@ def read(folder: Path) -> Dictionary:
 
 def write(dictionary: Dictionary, folder: Path) -> list[str]:
     """Write a dictionary; returns the file names."""
+    dictionary = in_units_of_choice(dictionary)
     weights = {name: getattr(dictionary, name) for name in MATRICES} | dictionary.extra
     if dictionary.architecture == "gated":
         weights["b_gate"] = weights.pop("b_enc")

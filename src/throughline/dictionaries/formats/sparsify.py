@@ -11,7 +11,13 @@ from typing import Any
 
 from throughline.dictionaries.dictionary import Dictionary
 from throughline.dictionaries.formats.files import read_json, read_safetensors, take, write_json, write_safetensors
-from throughline.dictionaries.formats.folding import biases_after_subtraction, fold, read_sink_norm, sink_norm_of
+from throughline.dictionaries.formats.folding import (
+    biases_after_subtraction,
+    fold,
+    in_units_of_choice,
+    read_sink_norm,
+    sink_norm_of,
+)
 from throughline.errors import DamagedFileError, InputError
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -56,6 +62,7 @@ def read(folder: Path) -> Dictionary:
 
 def write(dictionary: Dictionary, folder: Path) -> list[str]:
     """Write a TopK dictionary; returns the file names."""
+    dictionary = in_units_of_choice(dictionary)
     tensors = {
         "encoder.weight": dictionary.W_enc.T,
         "encoder.bias": biases_after_subtraction(dictionary)["b_enc"],
