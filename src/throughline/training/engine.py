@@ -48,6 +48,7 @@ DEAD_AFTER_BATCHES = 8  # at least: what a few batches have no use for is not de
 REPORT_SECONDS = 1.0
 SCALED_ON = 4096  # tokens, or as many as features, that dictionaries are initialised from
 PIECE_TOKENS = 512  # of a chunk at a time: they stay in the cache
+SPREAD_POWER = 0.5  # 0: all coordinates have one scale; 1: each has its own
 SPREAD_FLOOR = 0.1  # of the median variance of coordinates
 LENGTH_FROM = 512  # of them, on which the encoder's first length is found
 Shape = tuple[str, int, int | None]  # architecture, features, and k where it says how many are active
@@ -294,7 +295,7 @@ def _scale_of(x_ND: Tensor, mean_D: Tensor) -> Tensor:
     """
     squares = torch.stack([(piece.float() - mean_D).square().sum(0) for piece in x_ND.split(PIECE_TOKENS)]).sum(0)
     variance_D = squares / len(x_ND)
-    root_D = (variance_D + SPREAD_FLOOR * variance_D.median() + 1e-30).pow(1 / 4)
+    root_D = (variance_D + SPREAD_FLOOR * variance_D.median() + 1e-30).pow(SPREAD_POWER / 2)
     norms = torch.cat([((piece.float() - mean_D) / root_D).norm(dim=1) for piece in x_ND.split(PIECE_TOKENS)])
     return math.sqrt(x_ND.shape[1]) / norms.mean() / root_D
 

@@ -1,8 +1,9 @@
 """A training that notices when it goes wrong: back to the last good state with a lower rate, and after two such setbacks the end.
 
 A layer has gone wrong when its loss is not finite, when it reconstructs worse than its mean would (FVU above 1), when its FVU is
-JUMP times its best, or when nearly all features have died. What is good is kept as bfloat16: a sixth of what training holds of a
-layer. Adam's moments are not kept, they are part of what went wrong.
+JUMP times its best at two looks in a row (one may see features that have just got new directions), or when nearly all features
+have died. What is good is kept as bfloat16, a sixth of what training holds of a layer; Adam's moments are not kept: they are part
+of what went wrong.
 """
 
 import math
@@ -17,10 +18,8 @@ if TYPE_CHECKING:
 EVERY_STEPS = 16  # a look, by trainers that are free to choose
 MOST_SETBACKS = 2
 SLOWER = 0.25  # the rate after each setback
-JUMP, LEAST_JUMP = (
-    3.0,
-    0.1,
-)  # times the best FVU, and by so much; only where k is fixed: a penalty raises FVU as it sets in
+# Times the best FVU, and by so much; only where k is fixed: a penalty raises FVU as it sets in.
+JUMP, LEAST_JUMP = 3.0, 0.1
 DYING = 0.95  # share of dead features
 STILL_GOOD = 1.25  # times the best FVU: such a state is kept
 
@@ -31,6 +30,7 @@ class Watch:
     def __init__(self, group: "Group") -> None:
         self._group = group
         self._best_fvu, self._least_dead = math.inf, 1.0
+        self._has_jumped = False  # at the look before
         self._good: dict[str, Tensor] = {}
         self._good_measures = dict.fromkeys(("loss", "fvu"), 1.0) | {"dead": 0.0}  # nothing explained, nothing dead
         self._keep()
@@ -52,6 +52,7 @@ class Watch:
                 self._keep()
             return False
         self._go_back()
+        self._has_jumped = False
         for name, value in self._good_measures.items():
             getattr(latest, name)[0] = value
         group.setbacks_L += 1
@@ -67,8 +68,9 @@ class Watch:
             return f"the loss is {loss}"
         if fvu > 1:
             return f"FVU is {fvu:.3g}"
-        fixed_k = self._group.k is not None
-        if fixed_k and fvu > JUMP * self._best_fvu and fvu > self._best_fvu + LEAST_JUMP:
+        far_off = fvu > JUMP * self._best_fvu and fvu > self._best_fvu + LEAST_JUMP
+        before, self._has_jumped = self._has_jumped, far_off and self._group.k is not None
+        if before and self._has_jumped:
             return f"FVU jumped from {self._best_fvu:.3g} to {fvu:.3g}"
         if dead > DYING and self._least_dead < DYING / 2:
             return f"{dead:.0%} of the features are dead"
