@@ -105,7 +105,10 @@ def test_unknown_names_are_answered_with_the_nearest_known_one(changes, expected
             "models.0.layers: input should be 'all' or list should have",
         ),
         ({"executor": {"cpus": 100_000}}, "executor.cpus: input should be less than or equal to 1024, found 100000"),
-        ({"training": {"tokens": 100}}, "batch_tokens 4096 is more than the 100 tokens of the training"),
+        (
+            {"training": {"tokens": 100, "batch_tokens": 4096}},
+            "batch_tokens 4096 is more than the 100 tokens of the training",
+        ),
     ],
 )
 def test_wrong_values_say_where_what_was_expected_and_what_was_found(changes, expected):

@@ -345,11 +345,7 @@ class TrainingSpec(Section):
 
     @model_validator(mode="after")
     def _at_least_one_batch(self) -> Self:
-        if self.batch_tokens == "auto":
-            return self
-        if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens should be a number above 0 or auto, found {self.batch_tokens}")
-        if self.batch_tokens > self.tokens * self.epochs:
+        if self.batch_tokens != "auto" and self.batch_tokens > self.tokens * self.epochs:
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is more than the {self.tokens * self.epochs} tokens of the training"
             )

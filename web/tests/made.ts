@@ -31,7 +31,7 @@ export const chain = (places: Place[], more: Partial<Chain> = {}): Chain => ({
 });
 
 export function trace({ features = [], edges = [], chains = [] }: { features?: ActiveFeature[]; edges?: TraceEdge[]; chains?: Place[][] }): Trace {
-  const reading = { num_active: 1, num_nodes: 1, fvu: 0.1, error_effect: null };
+  const reading = { num_active: 1, num_sinks: 0, num_nodes: 1, fvu: 0.1, error_effect: null };
   return {
     version: 2,
     model: "m",

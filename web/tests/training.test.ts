@@ -3,7 +3,7 @@ import { chosenLayers, describeLayer, halted, overall, span, type Job } from "..
 import type { StatusAnswer } from "../src/lib/types";
 
 const job: Job = {
-  model: "m", layers: [3, 4], host: "node", pid: 1, device: "cuda:0", at: 0, attempt: 2, failed: null, step: 50, num_steps: 2000,
+  model: "m", layers: [3, 4], host: "node", pid: 1, device: "cuda:0", at: 0, attempt: 2, failed: null, events: [], step: 50, num_steps: 2000,
   tokens_per_second: 10, eta_seconds: 90, loss: [0.1, 0.2], l0: [20, 21], fvu: [0.05, 0.06], dead: [0, 0.25], state: "running",
 };
 

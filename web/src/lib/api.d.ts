@@ -860,6 +860,11 @@ export interface components {
              * @default []
              */
             dead: number[];
+            /**
+             * Events
+             * @default []
+             */
+            events: string[];
             /** State */
             state: string;
         };
@@ -924,6 +929,11 @@ export interface components {
              * @default []
              */
             dead: number[];
+            /**
+             * Events
+             * @default []
+             */
+            events: string[];
         };
         /**
          * KeptComparison
@@ -986,6 +996,11 @@ export interface components {
             features: components["schemas"]["ActiveFeature"][];
             /** Num Active */
             num_active: number;
+            /**
+             * Num Sinks
+             * @default 0
+             */
+            num_sinks: number;
             /** Num Nodes */
             num_nodes: number;
             /** Fvu */
@@ -1294,8 +1309,15 @@ export interface components {
             d_sae: number;
             /** Num Tokens */
             num_tokens: number;
+            /**
+             * Num Sinks
+             * @default 0
+             */
+            num_sinks: number;
             /** Fvu */
             fvu: number;
+            /** Fvu With Sinks */
+            fvu_with_sinks?: number | null;
             /** Fvu By Position */
             fvu_by_position: number[];
             /** Fvu Within Kind */
@@ -1338,6 +1360,11 @@ export interface components {
             num_answers: number;
             /** Answers Kept */
             answers_kept: number | null;
+            /**
+             * Setbacks
+             * @default 0
+             */
+            setbacks: number;
             /** Gate */
             gate: string[];
             /** Passes */
