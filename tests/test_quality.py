@@ -110,6 +110,9 @@ def oracle(model: LanguageModel, one: Dictionary, layer: int, pieces: list[Piece
     measures = {
         "num_tokens": len(x_ND),
         "num_sinks": len(whole) - len(kept),
+        "fvu_coordinate": float(
+            np.mean(np.square(x_ND - x_hat_ND).sum(0) / np.square(x_ND - mean_D).sum(0).clip(min=1e-12))
+        ),
         "fvu_with_sinks": float(all_error_ND.square().sum() / all_variance),
         "fvu": sum(residual) / sum(variance),
         "fvu_by_position": [r / v for r, v in bins],
@@ -194,7 +197,7 @@ def test_every_measure_is_the_oracles(model, rows, pieces, k, share_of_sinks):
     assert [quality.layer for quality in found] == list(LAYERS)
     for quality in found:
         expected = oracle(model, dictionaries[quality.layer], quality.layer, pieces)
-        assert set(expected) | {"model", "layer", "architecture", "d_model", "d_sae", "gate"} == set(
+        assert set(expected) | {"model", "layer", "architecture", "d_model", "d_sae", "setbacks", "gate"} == set(
             LayerQuality.model_fields
         )
         for name, value in expected.items():

@@ -119,6 +119,7 @@ class _Sums:
         double = {"dtype": torch.float64, "device": mean_D.device}
         self.residual_bins = torch.zeros(NUM_POSITION_BINS, **double)
         self.variance_bins = torch.zeros(NUM_POSITION_BINS, **double)
+        self.residual_D, self.variance_D = torch.zeros(len(mean_D), **double), torch.zeros(len(mean_D), **double)
         self.kind_sums = torch.zeros(len(TOKEN_KINDS), len(mean_D), **double)
         self.kind_counts = torch.zeros(len(TOKEN_KINDS), **double)
         self.scalars = dict.fromkeys(("legacy", "cossim", "ratio", "x_hat_square", "product"), 0.0)
@@ -136,8 +137,10 @@ class _Sums:
         f_NF = self.dictionary.encode(x_ND)
         x_hat_ND = self.dictionary.decode(f_NF)
         centred_ND = x_ND - self.mean_D
-        residual_N = (x_ND - x_hat_ND).square().sum(1).double()
-        variance_N = centred_ND.square().sum(1).double()
+        error_ND, square_ND = (x_ND - x_hat_ND).square(), centred_ND.square()
+        residual_N, variance_N = error_ND.sum(1).double(), square_ND.sum(1).double()
+        self.residual_D += error_ND.sum(0).double()
+        self.variance_D += square_ND.sum(0).double()
         self.residual_bins.index_add_(0, bins_N, residual_N)
         self.variance_bins.index_add_(0, bins_N, variance_N)
         self.kind_sums.index_add_(0, kinds_N, centred_ND.double())
@@ -175,6 +178,7 @@ class _Sums:
             "num_tokens": n,
             "num_sinks": self.num_sinks,
             "fvu": residual / variance,
+            "fvu_coordinate": float((self.residual_D / self.variance_D.clamp_min(1e-12)).mean()),
             "fvu_with_sinks": self._fvu_with_sinks(variance, residual),
             "fvu_by_position": (self.residual_bins / self.variance_bins.clamp_min(1e-12)).tolist(),
             "fvu_within_kind": residual / max(variance - between_kinds, 1e-12),

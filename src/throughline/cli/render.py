@@ -82,7 +82,20 @@ def qualities(rows: list[LayerQuality]) -> None:
     with_sinks = any(q.num_sinks for q in rows)
     beside = ("with sinks", "sinks") if with_sinks else ()
     table = _table(
-        *("model", "layer", "FVU", *beside, "L0", "dead", "ΔCE", "CE recovered", "KL", "answers kept", "gate")
+        *(
+            "model",
+            "layer",
+            "FVU",
+            "per coordinate",
+            *beside,
+            "L0",
+            "dead",
+            "ΔCE",
+            "CE recovered",
+            "KL",
+            "answers kept",
+            "gate",
+        )
     )
     for q in rows:
         kept = "–" if q.answers_kept is None else f"{q.answers_kept:.1%}"
@@ -90,6 +103,7 @@ def qualities(rows: list[LayerQuality]) -> None:
             q.model,
             str(q.layer),
             f"{q.fvu:.4f}",
+            _or_dash(q.fvu_coordinate, ".4f"),
             *((_or_dash(q.fvu_with_sinks, ".4f"), f"{q.num_sinks:,}") if with_sinks else ()),
             f"{q.l0:.1f}",
             f"{q.dead:.1%}",

@@ -22,6 +22,7 @@ class LayerQuality(Record):
     num_tokens: int  # ordinary ones, over which all is measured
     num_sinks: int = 0  # attention sinks of this layer beside them, left out
     fvu: float
+    fvu_coordinate: float | None = None  # mean over the stream's coordinates of each one's own FVU: none dominates it
     fvu_with_sinks: float | None = None  # over all tokens; None in quality tables of earlier versions
     fvu_by_position: list[float]  # first, second, … eighth of the context
     fvu_within_kind: float  # variance left after the mean of each kind of token is taken out

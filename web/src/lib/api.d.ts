@@ -1316,6 +1316,8 @@ export interface components {
             num_sinks: number;
             /** Fvu */
             fvu: number;
+            /** Fvu Coordinate */
+            fvu_coordinate?: number | null;
             /** Fvu With Sinks */
             fvu_with_sinks?: number | null;
             /** Fvu By Position */
