@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from throughline.dictionaries import Dictionary, save_dictionary
+from throughline.dictionaries import Dictionary, load_dictionary, save_dictionary
 from throughline.errors import InputError, TrainingError
 from throughline.run_dir import digest_key
 from throughline.study import DictionarySpec, Section, TrainingSpec, folder_name, parse_study
@@ -94,8 +94,9 @@ def train_on_activations(
         if layer in trained.failed:
             continue
         dictionaries[layer].metadata.update({"hook_name": layer_name})
-        if folders:
+        if folders:  # what is returned is what lies there: files of TopK are in other units, which rounds
             save_dictionary(dictionaries[layer], folders[layer], first[layer, :PROBE_TOKENS].to(device))
+            dictionaries[layer] = load_dictionary(folders[layer], str(device))
     if folders:
         shutil.rmtree(folders[0].parent / CHECKPOINT, ignore_errors=True)
     if trained.failed:
