@@ -19,13 +19,20 @@ from torch import Tensor
 GAP = 1.5  # between the largest ordinary norm and the smallest of a sink
 LEAST = 2.0  # times the median: no sink is shorter
 MOST_SHARE = 0.25  # of the tokens: more of them are no exception
+PIECE_TOKENS = 4096  # whose norms are computed at once
 BEYOND_ALL = 2.0  # times the largest norm, if there is no band: what comes later and is as long as that lies beyond one
 
 
 def find_sink_norm(x_ND: Float[Tensor, "N D"]) -> float:
     """The norm above which a token of this layer is a sink, from a sample of the layer's tokens."""
-    norms_N = torch.cat([piece.float().norm(dim=1) for piece in x_ND.split(4096)]).double().sort().values
-    return _limit_of(norms_N.cpu())
+    return _limit_of(measure_norms(x_ND).double().sort().values.cpu())
+
+
+def measure_norms(x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
+    """Norms in float32, a piece at a time: a chunk of bfloat16 is not copied whole."""
+    return (
+        torch.cat([piece.float().norm(dim=1) for piece in x_ND.split(PIECE_TOKENS)]) if len(x_ND) else x_ND.new_zeros(0)
+    )
 
 
 def _limit_of(sorted_N: Float[Tensor, "N"]) -> float:

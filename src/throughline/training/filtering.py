@@ -9,11 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from throughline.errors import TrainingError
-from throughline.sinks import find_sink_norm
+from throughline.sinks import find_sink_norm, measure_norms
 from throughline.training.chunks import Chunk
 from throughline.training.group import seed_of
-
-PIECE_TOKENS = 4096  # whose norms are computed at once
 
 
 class SinkFilter:
@@ -43,7 +41,7 @@ class SinkFilter:
         TrainingError for activations that are not finite.
         """
         for index, (layer, limit, x_CD) in enumerate(zip(self._layers, self.norm_L.tolist(), chunk.x_LCD, strict=True)):
-            norm_C = torch.cat([piece.float().norm(dim=1) for piece in x_CD.split(PIECE_TOKENS)])
+            norm_C = measure_norms(x_CD)
             if not norm_C.isfinite().all():
                 raise TrainingError(
                     f"{self._model} layer {layer}: its activations are not all finite; if its dtype is float16, try float32"

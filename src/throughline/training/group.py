@@ -97,10 +97,8 @@ class Group:
 
     def __post_init__(self) -> None:
         if not len(self.setbacks_L):
-            self.slowed_L, self.setbacks_L = (
-                torch.ones(len(self.layers)),
-                torch.zeros(len(self.layers), dtype=torch.int64),
-            )
+            like = {"size": (len(self.layers),), "device": self.mean_LD.device}  # ranks send all of a group one way
+            self.slowed_L, self.setbacks_L = torch.ones(**like), torch.zeros(**like, dtype=torch.int64)
         if not self.moments:
             self.moments = {n: (torch.zeros_like(w), torch.zeros_like(w)) for n, w in self.stack.trained().items()}
         if not len(self.latest.loss):

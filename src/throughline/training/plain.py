@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from throughline.dictionaries.stack import StepLoss
@@ -35,6 +36,7 @@ class PlainTrainer:
         )
         self._num_parts = 1  # micro-batches of a batch
         self._watches = [Watch(group.single(i)) for i in range(len(group.layers))]
+        self._slow_S = self._find_slow()  # known without asking the device at every step
 
     def train(self, chunk: Chunk, first_step: int, num_steps: int, tick: Callable[[float], None]) -> None:
         """Steps on consecutive batches of the chunk; `tick` hears how many are done."""
@@ -52,11 +54,20 @@ class PlainTrainer:
             tick(i + 1)
 
     def _look(self, step: int) -> None:
-        latest = self._group.latest
+        group = self._group
+        # copied once: each layer's numbers would else be waited for
+        group.latest = Measures(*(getattr(group.latest, f.name).cpu() for f in fields(Measures)))
+        went_back = False
         for index, watch in enumerate(self._watches):
             if not watch.has_failed:
                 one = slice(index, index + 1)
-                watch.look(step, Measures(*(getattr(latest, f.name)[one] for f in fields(Measures))))
+                went_back |= watch.look(step, Measures(*(getattr(group.latest, f.name)[one] for f in fields(Measures))))
+        if went_back:
+            self._slow_S = self._find_slow()
+
+    def _find_slow(self) -> Int[Tensor, "S"]:
+        """The layers that were set back, by their place in the group."""
+        return (self._group.setbacks_L > 0).nonzero()[:, 0]
 
     def _remember(self, step: int) -> None:
         """The group's moments are the optimizer's."""
@@ -99,18 +110,18 @@ class PlainTrainer:
     @contextmanager
     def _slowed(self) -> Iterator[None]:
         """Layers that were set back go a part of the optimizer's step, those given up none of it."""
-        slowed_L = torch.where(self._group.setbacks_L > MOST_SETBACKS, 0.0, self._group.slowed_L)
-        which = (slowed_L < 1).nonzero()[:, 0]
-        if not len(which):
+        group, which_S = self._group, self._slow_S
+        if not len(which_S):
             yield
             return
-        before = {name: weight.detach()[which].clone() for name, weight in self._group.stack.trained().items()}
+        slowed_S = torch.where(group.setbacks_L > MOST_SETBACKS, 0.0, group.slowed_L)[which_S]
+        before = {name: weight.detach()[which_S].clone() for name, weight in group.stack.trained().items()}
         yield
         with torch.no_grad():
-            for name, weight in self._group.stack.trained().items():
-                factor = slowed_L[which].to(weight.device).view(-1, *[1] * (weight.ndim - 1))
-                moved = before[name] + factor * (weight[which] - before[name])
-                weight[which] = torch.where(factor > 0, moved, before[name])
+            for name, weight in group.stack.trained().items():
+                factor = slowed_S.view(-1, *[1] * (weight.ndim - 1))
+                moved = before[name] + factor * (weight[which_S] - before[name])
+                weight[which_S] = torch.where(factor > 0, moved, before[name])
 
     def _losses(self, x_LND: Tensor, dead_LF: Tensor, progress: float) -> StepLoss:
         """Losses of the batch; their gradients are left in the weights."""
