@@ -39,6 +39,7 @@ from throughline.training.sources import ArraySource
 PAGE = Path(__file__).parents[1] / "docs" / "real-models.md"
 CONTEXT = 128
 SPLICED_ROWS = 16
+STARTS = {"whitened": stacks.whiten, "data": normalize}  # what first directions are made of
 
 
 def main() -> None:
@@ -152,9 +153,8 @@ def sweep(model: LanguageModel, layers: list[int], rows: Iterator[TokenRows], as
 def with_settings(chosen: dict[str, str]) -> None:
     engine.SPREAD_POWER = float(chosen.get("power", 0.5))
     for module in (group, compiled, plain):
-        module.BETAS = (float(chosen.get("beta", 0.9)), 0.99)  # type: ignore[attr-defined]
-    whiten = stacks.whiten if chosen.get("start", "whitened") == "whitened" else normalize
-    stacks.Stack.initialize.__func__.__globals__["whiten"] = whiten  # type: ignore[attr-defined]
+        module.BETAS = float(chosen.get("beta", 0.9)), 0.99
+    stacks.whiten = STARTS[chosen.get("start", "whitened")]
 
 
 @torch.no_grad()

@@ -23,9 +23,8 @@ class LayerBytes(NamedTuple):
     parameters: int  # float32 weights
     optimizer: int  # two moments
     activations: int  # the chunk
-    buffers: (
-        int  # the encoder in bfloat16, the folded dictionary; where autograd trains, gradients and what a step holds
-    )
+    # Encoder and last good state in bfloat16, the folded dictionary; where autograd trains, gradients and what a step holds.
+    buffers: int
 
     @property
     def total(self) -> int:
@@ -47,10 +46,10 @@ def measure_layer(
     Its own dictionary and its twins (`num_dictionaries`) share the chunk, and take turns with what autograd needs for a step.
     """
     weights = 4 * (2 * d_model * d_sae + d_model + d_sae)
-    rounded_encoder, folded = 2 * d_model * d_sae, weights
+    rounded_encoder, good_state, folded = 2 * d_model * d_sae, 4 * d_model * d_sae, weights
     step = weights + PRE_ACTIVATIONS * 4 * batch_tokens * d_sae if by_autograd else 0
     chunk = bytes_per_number * chunk_tokens * d_model
-    buffers = num_dictionaries * (rounded_encoder + folded) + step
+    buffers = num_dictionaries * (rounded_encoder + good_state + folded) + step
     return LayerBytes(num_dictionaries * weights, num_dictionaries * 2 * weights, chunk, buffers)
 
 
