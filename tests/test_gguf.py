@@ -120,6 +120,10 @@ def test_it_is_the_model_that_was_written_and_is_read_once(written, cache, monke
         [made] = cache.iterdir()
         assert seen in ({}, seen := {file.name: file.stat().st_mtime_ns for file in made.iterdir()})
         assert gguf_models.quantization_of(made) is None  # nothing was rounded
+    (made / gguf_models.QUANTIZATION).write_text('{"F32": 9, "Q4_1": 7, "Q8_0": 1}')
+    said: list[str] = []
+    open_model(ModelSpec(path="package:tiny", name="tiny"), say=said.append)
+    assert said == ["tiny: its weights were rounded to Q4_1 before they came here"]
 
 
 def test_what_cannot_be_opened_is_said_in_one_line(written, cache, tmp_path):

@@ -42,7 +42,8 @@ def open_model(
 ) -> LanguageModel:
     """The model of `spec` on `device`. Safetensors only, no remote code; InputError, one line, for what is missing.
 
-    `bos` is whether its tokenizer puts BOS in front of a text. With random weights `say` is told what stands in for what.
+    `bos` is whether its tokenizer puts BOS in front of a text. `say` is told what stands in for what with random weights, and how
+    those of a GGUF file were rounded.
     """
     path, config = _find(spec)
     with _quiet():
@@ -54,6 +55,8 @@ def open_model(
             hf = _make_weights(path, spec, device)
     if spec.weights == "random":
         say(f"{spec.name}: {_what_is_made_up(path)}; speed and memory are real, all that is learned from it is not")
+    if rounded := gguf_models.quantization_of(Path(path)):
+        say(f"{spec.name}: its weights were rounded to {rounded} before they came here")
     fuse_gelu_(hf)
     return LanguageModel(spec.name, hf, tokenizer, device)
 
