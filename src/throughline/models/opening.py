@@ -61,7 +61,7 @@ def open_model(
     return LanguageModel(spec.name, hf, tokenizer, device)
 
 
-def read_tokenizer(spec: ModelSpec, bos: Bos) -> PreTrainedTokenizerFast:
+def read_tokenizer(spec: ModelSpec, bos: Bos = "auto") -> PreTrainedTokenizerFast:
     """The tokenizer of `open_model`, without reading or making weights."""
     path, config = _find(spec)
     with _quiet():
