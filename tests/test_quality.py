@@ -1,5 +1,6 @@
 """Quality: every measure against plain loops on a tiny model, and dictionaries whose quality is known beforehand."""
 
+import copy
 from collections import defaultdict
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from builders import CONTEXT, identity_dictionary, random_dictionary, random_documents, tiny_model, word_pieces
+from throughline import ablation
 from throughline.dictionaries import Dictionary
 from throughline.harvesting import harvest
 from throughline.models import LanguageModel
@@ -163,7 +165,7 @@ def splice_oracle(
         "delta_ce": ce["sae"] - ce["clean"],
         "kl_div_with_sae": sums["kl"] / sums["n"],
         "num_answers": len(right),
-        "answers_kept": len(right - wrong["sae"]) / len(right),
+        "answers_kept": len(right - wrong["sae"]) / len(right) if right else None,
     }
 
 
@@ -234,8 +236,36 @@ def test_zero_dictionary_is_zero_ablation(model, rows):
     one = identity_dictionary(model.d_model)
     quality = assess(model, replace(one, W_enc=0 * one.W_enc, W_dec=0 * one.W_dec), rows, GateSpec())
     assert quality.ce_loss_with_sae == pytest.approx(quality.ce_loss_with_ablation)
-    assert quality.ce_loss_score == pytest.approx(0) and quality.l0 == 0 and quality.dead == 1
+    assert quality.ce_loss_score == pytest.approx(0, abs=1e-6) and quality.l0 == 0 and quality.dead == 1
     assert [words.split()[0] for words in quality.gate] == ["FVU", "CE", "dead"]
+
+
+def test_one_piece_is_run_for_all_that_begin_alike(model, rows, monkeypatch):
+    run = []
+    lay_out = ablation._lay_out
+    monkeypatch.setattr(ablation, "_lay_out", lambda pieces: run.append(len(pieces)) or lay_out(pieces))
+    quality = assess(model, close_dictionary(model, rows, 1, 6), rows)
+    beginnings = 2  # with a special token in front and without
+    assert (
+        sum(run) == 2 + beginnings and quality.ce_loss_with_ablation > quality.ce_loss_without_sae
+    )  # 2: the comparison
+
+
+def test_blocks_that_see_the_tokens_are_noticed(model, rows, pieces, monkeypatch):
+    """A later block that adds something of the token itself: what one text predicts then speaks for no other."""
+    model, seen = LanguageModel("tiny", copy.deepcopy(model.hf), model.tokenizer), {}
+    model.hf.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.update(x=out))
+    model.structure.blocks[-1].register_forward_pre_hook(lambda module, args: (args[0] + 3 * seen["x"], *args[1:]))
+    run = []
+    lay_out = ablation._lay_out
+    monkeypatch.setattr(ablation, "_lay_out", lambda pieces: run.append(len(pieces)) or lay_out(pieces))
+    one = close_dictionary(model, rows, 1, 6)
+    quality = assess(model, one, rows)
+    texts = [residual_alone(model, p.ids, 1) for p in pieces]
+    mean_D = measure_means(model, {1: one}, rows)[0]
+    for name, value in splice_oracle(model, one, 1, pieces, texts, mean_D).items():
+        assert getattr(quality, name) == pytest.approx(value, rel=2e-3, abs=2e-5), name
+    assert sum(run) == 2 + len(pieces)
 
 
 def test_mean_dictionary_is_mean_ablation(model, rows):

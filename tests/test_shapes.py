@@ -16,8 +16,9 @@ import shape_checks
 from builders import make_codes, random_dictionary, random_documents, tiny_model
 from throughline.dictionaries.batch_topk import keep_largest
 from throughline.dictionaries.dictionary import Sparse
+from throughline.models import LanguageModel, ModelOutput
 from throughline.quality import measure_means
-from throughline.splicing import log_probabilities, predicted_tokens
+from throughline.splicing import predicted_tokens, run_replaced
 from throughline.tracing.graph import choose_share
 from throughline.training.sparsity import SparsityController
 from throughline.transfer.maps import Affine
@@ -61,9 +62,11 @@ def test_a_wrong_shape_fails_with_the_arrays_name(name: str, call: Callable[[], 
 
 
 def test_a_wrong_shape_returned_fails_with_the_functions_name(monkeypatch):
-    monkeypatch.setattr("throughline.splicing.log_softmax", lambda logits, dim: logits[0])
-    with pytest.raises(TypeCheckError, match=r"return value of throughline\.splicing\.log_probabilities"):
-        log_probabilities(tiny_model(), rows(), {})
+    monkeypatch.setattr(
+        LanguageModel, "run", lambda *_, **__: ModelOutput(None, {tiny_model().num_layers - 1: torch.zeros(3)})
+    )
+    with pytest.raises(TypeCheckError, match=r"return value of throughline\.splicing\.run_replaced"):
+        run_replaced(tiny_model(), rows(), {})
 
 
 def test_right_shapes_pass():

@@ -28,6 +28,7 @@ from throughline.study import ModelSpec
 from throughline.tokens import collect_rows
 from throughline.tracing import TraceInputs, TraceOptions, check_prompt, trace_prompt
 from throughline.tracing.answer import answer_under, find_answer
+from throughline.tracing.reading import is_answer
 from throughline.zoo.texts import sample_problems
 
 pytestmark = pytest.mark.xdist_group("tracing")  # what it sets up takes long
@@ -378,17 +379,82 @@ def test_tokens_cover_prompt_and_answer(case):
     assert shown[-1][3] == len(whole)
 
 
-def test_a_cut_answer_is_noted(pythia):
+def test_of_a_cut_answer_the_next_token_is_explained(pythia):
     trace = read(pythia, "What is 15 + 27?", most_answer_tokens=2)
-    assert (trace.complete, trace.answer) == (False, "4")
-    assert trace.notes == ["the answer was cut after 2 tokens"]
-    assert read(pythia, "What is 15 + 27?", most_answer_tokens=3).complete  # as long as allowed, and no longer
+    assert (trace.explains, trace.complete, trace.answer) == ("next token", False, "4")
+    assert trace.notes == ["the model had not ended its answer after 2 tokens, so the next token is explained"]
+    whole = read(pythia, "What is 15 + 27?", most_answer_tokens=3)  # as long as allowed, and no longer
+    assert whole.complete and whole.explains == "answer" and whole.says is None
+
+
+def test_without_a_task_the_next_token_is_explained(pythia):
+    whole, one = (read(pythia, "What is 15 + 27?", whole=is_whole) for is_whole in (True, False))
+    assert (one.explains, one.answer, one.says, one.notes) == ("next token", "4", "42", [])
+    assert len(one.targets) == 1 < len(whole.targets)
+    assert one.targets[0].score == pytest.approx(whole.targets[0].score, abs=1e-4)
+    effect = {(f.layer, f.position, f.feature): f.effects[0] for f in whole.features}
+    same = [(f.effect, effect[key]) for f in one.features if (key := (f.layer, f.position, f.feature)) in effect]
+    assert len(same) > 1 and all(a == pytest.approx(b, abs=1e-3) for a, b in same)
+
+
+def test_an_answer_that_the_model_does_not_give_is_explained(pythia):
+    trace = read(pythia, "What is 15 + 27?", answer="57")
+    assert (trace.explains, trace.answer, trace.says) == ("named", "57", "42")
+    assert (trace.targets[0].text, trace.targets[0].against) == ("5", "4") and trace.score < 0
+    decide = trace.targets[0].position
+    ids = torch.tensor([[row[0] for row in trace.tokens]])
+    log_p_V = pythia.model.hf(ids).logits[0, decide].log_softmax(-1)
+    token, other = (
+        next(i for i in log_p_V.topk(50).indices if pythia.model.tokenizer.decode([i]).strip() == d) for d in "54"
+    )
+    assert trace.targets[0].score == pytest.approx(float(log_p_V[token] - log_p_V[other]), abs=1e-3)
+    assert trace.verification is not None and trace.verification.nodes.pearson > 0.8
+    assert any(f.answer_if_off not in (None, "57") for f in trace.features)  # what it says then is its own
+
+
+def test_a_rival_is_held_against_the_answer_where_they_part(pythia):
+    own = read(pythia, "What is 15 + 27?", rival="47")
+    assert (own.explains, own.answer) == ("named", "42")
+    assert [(t.text, t.against) for t in own.targets] == [("2", "7")] and own.score > 0
+    both = read(pythia, "What is 15 + 27?", answer="47", rival="42")
+    assert [(t.text, t.against) for t in both.targets] == [("7", "2")]
+    assert both.targets[0].score == pytest.approx(-own.targets[0].score, abs=1e-3)
+    assert len({trace.origin for trace in (own, both, read(pythia, "What is 15 + 27?"))}) == 3
+    # the rival stays, whatever a counterfactual prompt would say
+    other = read(pythia, "What is 15 + 27?", rival="47", off=None, against="What is 15 + 24?")
+    assert [t.against for t in other.targets] == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"answer": "42", "rival": "42"}, "the rival '42' and the answer '42' begin alike"),
+        ({"answer": "42", "rival": "4"}, "begin alike to the end of one of them; name another"),
+        ({"answer": " "}, "an answer or rival of ' ' says nothing; name some text"),
+        ({"answer": "4" * 200}, "prompt and answer .* tokens; zoo/pythia sees"),
+        ({"chat": True}, "zoo/pythia has no chat template; trace the prompt as it is, without --chat"),
+    ],
+)
+def test_answers_that_cannot_be_explained_are_refused(pythia, options, said):
+    with pytest.raises(InputError, match=said):
+        read(pythia, "What is 15 + 27?", **options)
+
+
+def test_a_chat_template_is_put_around_the_prompt(pythia, monkeypatch):
+    monkeypatch.setattr(pythia.model.tokenizer, "chat_template", "What is {{ messages[0]['content'] }}?")
+    chat, plain = read(pythia, "15 + 27", chat=True), read(pythia, "What is 15 + 27?")
+    assert chat.asked == "15 + 27" and chat.model_copy(update={"asked": None}) == plain
 
 
 def test_a_wrong_answer_comes_first(pythia):
     trace = read(pythia, "What is 15 + 27?", expected="43", most_answer_tokens=2)
     assert trace.correct is False and trace.expected == "43"
     assert trace.notes[0] == "the model's answer is wrong: '4', right is '43'" and len(trace.notes) == 2
+
+
+def test_an_answer_that_goes_on_is_right_if_it_begins_right():
+    assert is_answer("42", "42", True) and is_answer("42\n\nNow", "42", False) and is_answer("42.", "42", False)
+    assert not is_answer("42.", "42", True) and not is_answer("421", "42", False) and not is_answer("4", "42", False)
 
 
 def test_a_text_that_ends_at_once_is_noted(pythia):

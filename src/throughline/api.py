@@ -324,19 +324,27 @@ def trace(
     force: bool = False,
     device: str | None = None,
     say: Say = silent,
+    *,
+    chat: bool = False,
+    answer: str | None = None,
+    rival: str | None = None,
 ) -> Trace:
     """One prompt followed through every layer of a model.
 
     `off` is mean, counterfactual or zero (None: a counterfactual where one can be made, or else the mean), `against` a
     counterfactual prompt, `linearization` grouped, plain, frozen or integrated, `settings` features set by hand such
-    as "layer=4,feature=237,off" or "layer=4,feature=237,x2".
+    as "layer=4,feature=237,off" or "layer=4,feature=237,x2". With `chat` the prompt is put into the model's chat template.
+    `answer` is the answer to explain, whether the model gives it or not, and `rival` what it is held against. Without either
+    the whole answer is explained where the prompt is a task that is known, and otherwise the next token.
     """
     opened = run if isinstance(run, RunDir) else RunDir.open(run)
     check_asked_prompt(opened, prompt, [model])
     with _session(opened, device, say) as session:
         from throughline import pipeline
 
-        options = pipeline.trace_options(session.study, off, against, linearization, settings or [], verify)
+        options = pipeline.trace_options(
+            session.study, off, against, linearization, settings or [], verify, chat, answer, rival
+        )
         return pipeline.trace(session, prompt, model, force, options)
 
 

@@ -1,9 +1,9 @@
 """How well dictionaries stand in for the residual stream, on held-out text.
 
-    1. one pass for the mean of every layer
-    2. one pass for reconstruction: FVU = sum|x - x_hat|^2 / sum|x - mean|^2, L0, dead and dense features
-    3. one pass as the model is, then for each layer the blocks after it with x_hat, zero and the mean in place of x: CE, KL,
-       answers kept
+    1. one pass for the mean of every layer, and for reconstruction: FVU = sum|x - x_hat|^2 / sum|x - mean|^2, L0, dead and dense
+       features; a second pass where the activations are too many to be kept
+    2. one pass as the model is, then for each layer the blocks after it with x_hat in place of x: CE, KL, answers kept
+    3. for each layer zero and the mean in place of x, which few runs tell (`ablation.py`): CE
 
 Attention sinks of a layer are counted and left out of all of it, the mean included; where something is put in the place of x they
 stay as they are. FVU over all tokens, sinks too, stands beside the one without them.
@@ -13,25 +13,26 @@ Names follow SAEBench core; `explained_variance_legacy` is its per-token form.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import kl_div, nll_loss
 
+from throughline.ablation import ablated_ce
 from throughline.dictionaries import Dictionary
-from throughline.harvesting import harvest
+from throughline.harvesting import Harvested, harvest
 from throughline.models import LanguageModel
+from throughline.models.language_model import quiet_transformers
+from throughline.pools import spread
 from throughline.records import TOKEN_KINDS, LayerQuality
-from throughline.splicing import batch_rows, predicted_tokens, run_clean, run_spliced
+from throughline.splicing import Scores, batch_rows, predicted_tokens, run_clean, run_spliced, score_streams
 from throughline.study import GateSpec
 from throughline.tokens import TokenRows
 
-BATCH_ROWS = 64
+KEPT_BYTES = 2**30  # of activations of held-out text
 NUM_POSITION_BINS = 8
 DENSE = 0.1
 
@@ -44,6 +45,15 @@ class _Spliced:
         self.answered: set[int] = set()
         self.wrong: set[int] = set()
 
+    def add(self, scores: Scores, rows: TokenRows) -> None:
+        predicted = predicted_tokens(rows)
+        self.num_tokens += len(scores.ce_N)
+        self.ce += float(scores.ce_N.double().sum())
+        self.kl += float(scores.kl_N.double().sum())
+        answers_N, documents_N = (array[:, 1:][predicted] for array in (rows.answers, rows.documents))
+        self.answered.update(documents_N[answers_N].tolist())
+        self.wrong.update(documents_N[answers_N & ~scores.right_N.numpy()].tolist())
+
 
 @torch.no_grad()
 def evaluate(
@@ -55,12 +65,14 @@ def evaluate(
 ) -> list[LayerQuality]:
     """Quality of each layer's dictionary: reconstruction on `heldout`, spliced into the model on `spliced`."""
     layers = list(dictionaries)
-    means_LD = measure_means(model, dictionaries, heldout)
+    harvested = _Harvested(model, heldout, layers)
+    means_LD = _means(model, harvested, dictionaries)
     sums = [_Sums(dictionaries[layer], means_LD[i]) for i, layer in enumerate(layers)]
-    for rows, x_LND in harvest(model, heldout.batches(BATCH_ROWS), layers):
+    for rows, x_LND in harvested:
         positions, kinds = (torch.from_numpy(a[rows.keep].astype(np.int64)) for a in (rows.positions, rows.kinds))
         for x_ND, one in zip(x_LND, sums, strict=True):
             one.add(x_ND, (positions * NUM_POSITION_BINS // heldout.width).to(x_ND.device), kinds.to(x_ND.device))
+    harvested.forget()
     splice_measures = _splice(model, dictionaries, means_LD, spliced)
     qualities = []
     for i, layer in enumerate(layers):
@@ -100,14 +112,47 @@ def measure_means(
     model: LanguageModel, dictionaries: Mapping[int, Dictionary], rows: TokenRows
 ) -> Float[Tensor, "L D"]:
     """Mean residual stream of each layer over the kept tokens that are no sinks there."""
+    return _means(model, _Harvested(model, rows, list(dictionaries)), dictionaries)
+
+
+def _means(
+    model: LanguageModel, harvested: Iterable[Harvested], dictionaries: Mapping[int, Dictionary]
+) -> Float[Tensor, "L D"]:
     total_LD = torch.zeros(len(dictionaries), model.d_model, dtype=torch.float64)
     count_L1 = torch.zeros(len(dictionaries), 1)
-    for _, x_LND in harvest(model, rows.batches(BATCH_ROWS), list(dictionaries)):
+    for _, x_LND in harvested:
         for i, dictionary in enumerate(dictionaries.values()):
             ordinary_ND = x_LND[i][~dictionary.is_sink(x_LND[i])]
             total_LD[i] += ordinary_ND.double().sum(0).cpu()
             count_L1[i] += len(ordinary_ND)
     return (total_LD / count_L1.clamp_min(1)).float().to(model.device)
+
+
+class _Harvested:
+    """Activations of rows, to be gone through more than once: kept from the first time if they are few, else made again."""
+
+    def __init__(self, model: LanguageModel, rows: TokenRows, layers: list[int]) -> None:
+        self._model, self._rows, self._layers = model, rows, layers
+        self._kept: list[Harvested] | None = None
+
+    def __iter__(self) -> Iterator[Harvested]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        model, rows = self._model, self._rows
+        is_small = 4 * rows.num_tokens * model.d_model * len(self._layers) <= KEPT_BYTES
+        threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+        batches = rows.batches(batch_rows(model, rows.width, len(self._layers)))
+        kept = []
+        for one in harvest(model, batches, self._layers, threads):
+            if is_small:
+                kept.append(one)
+            yield one
+        self._kept = kept if is_small else None
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._kept = None
 
 
 class _Sums:
@@ -197,31 +242,40 @@ def _splice(
     model: LanguageModel, dictionaries: dict[int, Dictionary], means_LD: Tensor, rows: TokenRows
 ) -> dict[int, dict]:
     """Run every batch clean, and on from each layer with x_hat, zero and the mean in its place; measures by layer."""
-    ways: dict[tuple[int, str], Callable[[Tensor], Tensor]] = {}
-    for mean_D, (layer, dictionary) in zip(means_LD, dictionaries.items(), strict=True):
-        ways[layer, "sae"] = dictionary.reconstruct
-        ways[layer, "zero"] = partial(_keep_sinks, dictionary, torch.zeros_like)
-        ways[layer, "mean"] = partial(_keep_sinks, dictionary, mean_D.expand_as)
-    clean, spliced = _Spliced(), {way: _Spliced() for way in ways}
-    for batch in rows.batches(batch_rows(model, rows, len(dictionaries))):
-        unchanged = run_clean(model, batch, list(dictionaries))
-        _score(clean, unchanged.log_p_BTV, None, batch)
-        for (layer, name), replacement in ways.items():
-            log_p_BTV = run_spliced(model, batch, unchanged, layer, replacement)
-            _score(spliced[layer, name], log_p_BTV, unchanged.log_p_BTV, batch)
-    return {
-        layer: _splice_measures(clean, *(spliced[layer, name] for name in ("sae", "zero", "mean")))
-        for layer in dictionaries
-    }
+    num_rows = batch_rows(model, rows.width, 2 * len(dictionaries) + 2)
+    for layer in dictionaries:
+        model.after(layer)  # made before threads ask for it
+
+    @torch.no_grad()
+    def run(batch: TokenRows) -> tuple[list[Scores], list[np.ndarray]]:
+        """Of one batch the scores, clean and from each layer, and which tokens are sinks at each."""
+        clean = run_clean(model, batch, list(dictionaries))
+        streams = [run_spliced(model, batch, clean, layer, d.reconstruct) for layer, d in dictionaries.items()]
+        sinks = [
+            d.is_sink(clean.residuals[layer].flatten(0, 1)).view(batch.ids.shape).cpu().numpy()
+            for layer, d in dictionaries.items()
+        ]
+        return score_streams(model, batch, [clean.final_BTD, *streams]), sinks
+
+    clean, with_sae = _Spliced(), {layer: _Spliced() for layer in dictionaries}
+    kept_LRT = np.repeat(rows.special[None], len(dictionaries), axis=0)
+    batches = list(rows.batches(num_rows))
+    with quiet_transformers():
+        for i, (scores, sinks) in enumerate(spread(run, batches, model.device)):
+            for sums, of_one in zip((clean, *with_sae.values()), scores, strict=True):
+                sums.add(of_one, batches[i])
+            for kept_RT, sink_BT in zip(kept_LRT, sinks, strict=True):
+                kept_RT[i * num_rows :][: len(sink_BT), : sink_BT.shape[1]] |= sink_BT
+    measures = {}
+    for mean_D, kept_RT, (layer, spliced) in zip(means_LD, kept_LRT, with_sae.items(), strict=True):
+        zero, average = ablated_ce(model, rows, kept_RT, layer, [torch.zeros_like(mean_D), mean_D])
+        measures[layer] = _splice_measures(clean, spliced, zero, average)
+    return measures
 
 
-def _keep_sinks(dictionary: Dictionary, replacement: Callable[[Tensor], Tensor], x_ND: Tensor) -> Tensor:
-    return torch.where(dictionary.is_sink(x_ND)[:, None], x_ND, replacement(x_ND))
-
-
-def _splice_measures(clean: _Spliced, with_sae: _Spliced, zeroed: _Spliced, averaged: _Spliced) -> dict:
+def _splice_measures(clean: _Spliced, with_sae: _Spliced, zeroed: float, averaged: float) -> dict:
     n = max(1, clean.num_tokens)
-    ce_clean, ce_sae, ce_zero, ce_mean = (s.ce / n for s in (clean, with_sae, zeroed, averaged))
+    ce_clean, ce_sae, ce_zero, ce_mean = (ce / n for ce in (clean.ce, with_sae.ce, zeroed, averaged))
     right = clean.answered - clean.wrong
     return {
         "num_spliced_tokens": clean.num_tokens,
@@ -241,19 +295,3 @@ def _splice_measures(clean: _Spliced, with_sae: _Spliced, zeroed: _Spliced, aver
 def _recovered(ablated: float, with_sae: float, clean: float) -> float:
     """Share of the damage done by ablation that the dictionary avoids; 0 where ablation does no damage."""
     return (ablated - with_sae) / (ablated - clean) if ablated > clean else 0.0
-
-
-def _score(sums: _Spliced, log_p_BTV: Tensor, clean_BTV: Tensor | None, rows: TokenRows) -> None:
-    """Add one batch."""
-    device = log_p_BTV.device
-    predicted = predicted_tokens(rows)
-    at = torch.from_numpy(predicted).to(device)
-    targets = torch.from_numpy(rows.ids[:, 1:]).to(device)
-    sums.num_tokens += int(predicted.sum())
-    sums.ce += float(nll_loss(log_p_BTV[at], targets[at], reduction="sum"))
-    if clean_BTV is not None:
-        sums.kl += float(kl_div(log_p_BTV[at], clean_BTV[at], reduction="sum", log_target=True))
-    answers, documents = rows.answers[:, 1:] & predicted, rows.documents[:, 1:]
-    missed = (log_p_BTV.argmax(-1) != targets).cpu().numpy() & answers
-    sums.answered.update(documents[answers].tolist())
-    sums.wrong.update(documents[missed].tolist())

@@ -490,7 +490,7 @@ class RunDir:
 
     def write_trace(self, trace: Trace) -> str:
         """Save a trace under an id made from its content's origin (model and prompt)."""
-        return self.write_record(f"traces/{_digest(trace.model, trace.prompt)}.json", trace)
+        return self.write_record(f"traces/{_digest(*trace.origin)}.json", trace)
 
     def traces(self) -> list[Trace]:
         """All saved traces of this version, in a fixed order."""

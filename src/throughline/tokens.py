@@ -117,17 +117,21 @@ class TokenRows:
     @staticmethod
     def concatenate(parts: Sequence["TokenRows"]) -> "TokenRows":
         """All rows of all parts below one another, as wide as the widest; pieces are numbered on from part to part."""
-        num_rows, width = sum(p.num_rows for p in parts), max((p.width for p in parts), default=0)
-        out = {name: np.full((num_rows, width), fill, dtype) for name, (dtype, fill) in PADDING.items()}
+        out = TokenRows.padding(sum(p.num_rows for p in parts), max((p.width for p in parts), default=0))
         row = piece = 0
         for part in parts:
             here = np.s_[row : row + part.num_rows, : part.width]
-            for name, array in out.items():
-                array[here] = getattr(part, name)
-            out["pieces"][here] += np.where(part.pieces >= 0, piece, 0).astype(np.int32)
+            for name in PADDING:
+                getattr(out, name)[here] = getattr(part, name)
+            out.pieces[here] += np.where(part.pieces >= 0, piece, 0).astype(np.int32)
             row += part.num_rows
             piece += int(part.pieces.max(initial=-1)) + 1
-        return TokenRows(**out)
+        return out
+
+    @staticmethod
+    def padding(num_rows: int, width: int) -> "TokenRows":
+        """Rows without a token, to be filled."""
+        return TokenRows(**{name: np.full((num_rows, width), fill, dtype) for name, (dtype, fill) in PADDING.items()})
 
     def _map(self, change: Callable[..., np.ndarray]) -> "TokenRows":
         return TokenRows(**{f.name: change(f.name, getattr(self, f.name)) for f in fields(self)})
@@ -321,20 +325,20 @@ def pack(pieces: Iterable[Piece], context: int, num_rows: int) -> Iterator[Token
 
 
 def _lay_out(rows: list[list[Piece]], context: int) -> TokenRows:
-    out = {name: np.full((len(rows), context), fill, dtype) for name, (dtype, fill) in PADDING.items()}
+    out = TokenRows.padding(len(rows), context)
     number = 0
     for r, row in enumerate(rows):
         column = 0
         for piece in row:
             here = np.s_[r, column : column + len(piece.ids)]
             for name in PIECE_ARRAYS:
-                out[name][here] = getattr(piece, name)
-            out["positions"][here] = np.arange(len(piece.ids))
-            out["pieces"][here] = number
-            out["documents"][here] = piece.document
+                getattr(out, name)[here] = getattr(piece, name)
+            out.positions[here] = np.arange(len(piece.ids))
+            out.pieces[here] = number
+            out.documents[here] = piece.document
             column += len(piece.ids)
             number += 1
-    return TokenRows(**out)
+    return out
 
 
 def stream_rows(

@@ -34,6 +34,7 @@ export function trace({ features = [], edges = [], chains = [] }: { features?: A
   const reading = { num_active: 1, num_sinks: 0, num_nodes: 1, fvu: 0.1, error_effect: null };
   return {
     version: 2,
+    explains: "answer",
     model: "m",
     prompt: "1+1",
     tokens: ["1", " +", "1", "=", "2"].map((text, i) => [i, text, i, i + 1]),

@@ -338,6 +338,15 @@ def trace(
         list[str] | None,
         typer.Option("--set", help="set a feature: layer=4,feature=237,off (or x2, or =1.5)", show_default=False),
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="the answer to explain, whether the model gives it or not", show_default=False),
+    ] = None,
+    rival: Annotated[
+        str | None,
+        typer.Option(help="what the answer is held against: what speaks for it and not for this?", show_default=False),
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="a quick look: predictions only")] = False,
     graph: Annotated[
         Path | None, typer.Option(help="write circuit-tracer's graph JSON to this file too", show_default=False)
@@ -354,7 +363,22 @@ def trace(
     if graph is not None:
         _require_writable(graph)
     with live.Live(quiet or as_json) as news:
-        found = api.trace(run, prompt, model, off, against, linearization, set_, not no_verify, force, device, news.say)
+        found = api.trace(
+            run,
+            prompt,
+            model,
+            off,
+            against,
+            linearization,
+            set_,
+            not no_verify,
+            force,
+            device,
+            news.say,
+            chat=chat,
+            answer=answer,
+            rival=rival,
+        )
     if graph is not None:
         _write_graph(graph, found)
     _print(as_json, found.model_dump(), lambda: traced.trace(found), quiet)

@@ -71,7 +71,7 @@ def first_look(found: Trace) -> list[str]:
     """A trace in a line for the answer and one for each layer: its feature of the largest effect."""
     right = {True: " (right)", False: " (wrong)", None: ""}[found.correct]
     lines = [
-        f'{found.model} is ready. "{found.prompt}" → "{found.answer}"{right}; of each layer the feature that matters most:'
+        f'{found.model} is ready. "{found.prompt}" → "{found.reply}"{right}; of each layer the feature that matters most:'
     ]
     for reading in found.layers:
         strongest = max(reading.features, key=_size_of_effect, default=None)
@@ -85,9 +85,11 @@ def _size_of_effect(feature: ActiveFeature) -> float:
 
 def _say_answer(out: Console, found: Trace) -> None:
     if found.correct is False:
-        out.print(Text(f'The answer is wrong: "{found.answer}", right is "{found.expected}".', style="bold red"))
-    right = " (right)" if found.correct else ""
-    out.print(Text(f'Answer "{found.answer}"{right}  p = {found.answer_probability:.2f}'), soft_wrap=True)
+        out.print(Text(f'The answer is wrong: "{found.reply}", right is "{found.expected}".', style="bold red"))
+    right = " (right)" if found.correct and found.explains == "answer" else ""
+    what = {"answer": "Answer", "next token": "Next token", "named": "Named answer"}[found.explains]
+    goes_on = "" if found.says is None else f'; the model says "{found.says}"'
+    out.print(Text(f'{what} "{found.answer}"{right}  p = {found.answer_probability:.2f}{goes_on}'), soft_wrap=True)
     for target in found.targets:
         line = f"  {target.text!r} against {target.against!r}: lead {target.score:+.1f} logits, p = {target.probability:.2f}"
         out.print(Text(line), soft_wrap=True)

@@ -227,6 +227,16 @@ class LanguageModel:
         finally:
             handle.remove()
 
+    def unembed(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """The logits, float32, that the model makes of streams after its last block."""
+        last, parts = self.num_layers - 1, []
+        for part in x_ND.split(self.context):  # as rows of a text, whose blocks do nothing
+            ids = torch.zeros(1, len(part), dtype=torch.int64, device=self.device)
+            made = self.after(last).run(Inputs(ids, None, None), edits={last: lambda _, part=part: part[None]})
+            assert made.logits is not None
+            parts.append(made.logits[0])
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
     @torch.no_grad()
     def unembedding(self) -> Float[Tensor, "V D"]:
         """Row v: the direction of the residual stream that raises the logit of token v above the mean token's; float32.

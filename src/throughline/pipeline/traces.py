@@ -1,6 +1,7 @@
 """One prompt traced in one model of a run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import polars as pl
 
@@ -44,6 +45,7 @@ def look(
     """One prompt in one model, whatever its gate says; not saved."""
     features = session.run.table(name, "features")
     require_current(session, name)
+    expected = solve(prompt)
     labels = best_labels(session.run.table(name, "labels"), session.study.features.bar)
     return trace_prompt(
         TraceInputs(
@@ -56,8 +58,8 @@ def look(
             forced=session.run.info().forced,
         ),
         prompt,
-        options or trace_options(session.study),
-        expected=solve(prompt),
+        replace(options or trace_options(session.study), whole=expected is not None),
+        expected=expected,
         tell=tell,
     )
 
@@ -69,6 +71,9 @@ def trace_options(
     linearization: str = "grouped",
     settings: Sequence[str] = (),
     verify: bool = True,
+    chat: bool = False,
+    answer: str | None = None,
+    rival: str | None = None,
 ) -> TraceOptions:
     """The study's way of tracing, and what was asked for beside; InputError for names that there are not."""
     for name, found, known in (("off", off, OFF_KINDS), ("linearization", linearization, LINEARIZATIONS)):
@@ -85,6 +90,9 @@ def trace_options(
         num_chains=study.trace.chains,
         verify=verify,
         settings=tuple(parse_setting(text) for text in settings),
+        chat=chat,
+        answer=answer,
+        rival=rival,
     )
 
 

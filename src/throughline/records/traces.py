@@ -178,7 +178,10 @@ class Trace(Record):
     prompt: str
     tokens: list[tuple[int, str, int, int]]  # prompt and answer: id, text, start, end
     num_prompt_tokens: int
-    answer: str
+    asked: str | None = None  # in a chat: what the user said, of which the model's template made the prompt
+    answer: str  # what is explained
+    explains: Literal["answer", "next token", "named"] = "answer"  # named: somebody named the answer or its rival
+    says: str | None = None  # what the model says by itself, where that is not the answer
     answer_probability: float
     complete: bool  # False if the answer was cut at the longest length allowed
     expected: str | None  # the right answer, where one is known
@@ -196,6 +199,17 @@ class Trace(Record):
     steering: Steering | None = None
     forced: bool  # True if dictionaries failed the quality gate and the user insisted
     notes: list[str]
+
+    @property
+    def origin(self) -> tuple[str, ...]:
+        """What it is a trace of: no two that a run keeps have the same."""
+        named = (self.answer, self.targets[0].against) if self.explains == "named" else ()
+        return (self.model, self.prompt, *named)
+
+    @property
+    def reply(self) -> str:
+        """What the model says by itself."""
+        return self.answer if self.says is None else self.says
 
     @property
     def features(self) -> list[ActiveFeature]:

@@ -135,7 +135,7 @@ def _drawings(run: RunDir) -> Iterator[Drawing]:
         of_metric = [result for result in results if result.info.metric == metric]
         yield Drawing(_file_name("all-models", metric), draw_all_models, (of_metric,))
     for trace in (reader.trace(row.id) for row in reader.traces()):
-        name = _file_name("trace", trace.model, digest_key(trace.model, trace.prompt)[:8])
+        name = _file_name("trace", trace.model, digest_key(*trace.origin)[:8])
         yield Drawing(name, draw_trace, (trace,))
     for comparison in (*run.comparisons(), *run.totals()):
         name = _file_name("compare", digest_key(comparison.models, name_prompts(comparison))[:8])

@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from pydantic import Field as Limited
 
-MOST_PROMPT_CHARACTERS = 4000
+MOST_PROMPT_CHARACTERS, MOST_ANSWER_CHARACTERS = 4000, 400
 MOST_MODELS, MOST_SETTINGS, MOST_SETTING_CHARACTERS = 8, 32, 100
 
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MOST_PROMPT_CHARACTERS)]
+Answer = Annotated[str, StringConstraints(min_length=1, max_length=MOST_ANSWER_CHARACTERS)]
 Setting = Annotated[str, StringConstraints(max_length=MOST_SETTING_CHARACTERS)]
 ModelName = Annotated[str, StringConstraints(max_length=200)]
 
@@ -27,6 +28,9 @@ class TraceRequest(_Request):
     linearization: Literal["grouped", "plain", "frozen", "integrated"] = "grouped"
     settings: Annotated[list[Setting], Limited(max_length=MOST_SETTINGS)] = []
     verify: bool = True
+    chat: bool = False
+    answer: Answer | None = None
+    rival: Answer | None = None
 
 
 class CompareRequest(_Request):

@@ -49,7 +49,15 @@ class Tracer:
             name = session.study.model(request.model).name
             self._open(session, [name], tell)
             options = pipeline.trace_options(
-                session.study, request.off, request.against, request.linearization, request.settings, request.verify
+                session.study,
+                request.off,
+                request.against,
+                request.linearization,
+                request.settings,
+                request.verify,
+                request.chat,
+                request.answer,
+                request.rival,
             )
             return pipeline.trace(session, request.prompt, name, force, options, tell).model_dump_json()
         names = request.models or [spec.name for spec in session.study.models]

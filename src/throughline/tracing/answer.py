@@ -4,8 +4,12 @@ Each token of the answer that is more than white space is a target (all of them,
 
     logit(token) - logit(other)      read at the position before the token, with the answer so far given
 
-The other is the runner-up of the undisturbed run, or the token that a counterfactual prompt makes the model say there. The
-answer score is the mean over targets.
+The other is the runner-up of the undisturbed run, the token that a counterfactual prompt makes the model say there, or that of a
+rival answer that somebody named. The answer score is the mean over targets.
+
+The answer is what the model says where the prompt is a task that is known and the model comes to an end by itself. Otherwise what
+it goes on to say is no answer to anything, and the next token alone is explained. Somebody may name another answer, also one that
+the model does not give.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from throughline.errors import InputError
 from throughline.models import LanguageModel
+from throughline.tokens import encode_prompt
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -65,10 +70,70 @@ def find_answer(model: LanguageModel, prompt_ids: list[int], most_tokens: int) -
         )
     most_tokens = min(most_tokens, room)
     answer_ids = model.generate(prompt_ids, most_tokens)
+    return _contest(model, prompt_ids, answer_ids, is_short=len(answer_ids) < most_tokens)
+
+
+def next_token(model: LanguageModel, said: Answer) -> Answer:
+    """Of what the model says the first token that is more than white space, and what is before it."""
+    for num in range(1, len(said.answer_ids)):
+        if spell(model, said.prompt_ids, said.answer_ids[:num]).strip():
+            contested = _contest(model, said.prompt_ids, said.answer_ids[:num], is_short=False)
+            return replace(contested, complete=False)
+    return said
+
+
+def name_answer(model: LanguageModel, prompt: str, said: Answer, named: str | None, rival: str | None) -> Answer:
+    """The answer `named` in place of what the model says (None: that), held against `rival`, if one is named, where they part.
+
+    A name without white space in front gets what the model itself begins with. InputError if a name has no tokens, does not fit
+    the context, or does not part from the other.
+    """
+    says = spell(model, said.prompt_ids, said.answer_ids)
+    space = says[: len(says) - len(says.lstrip())]
+
+    def encode(name: str) -> list[int]:
+        if not name.strip():
+            raise InputError(f"an answer or rival of {name!r} says nothing; name some text")
+        return _encode_after(model, prompt, said, name if name[:1].isspace() else space + name)
+
+    answer = said if named is None else _contest(model, said.prompt_ids, encode(named), is_short=False)
+    if rival is None:
+        return answer
+    rival_ids = encode(rival)
+    own_ids = answer.answer_ids or answer.tokens_C.tolist()
+    parted = next((i for i, (a, b) in enumerate(zip(own_ids, rival_ids, strict=False)) if a != b), None)
+    if parted is None:
+        text = spell(model, said.prompt_ids, answer.answer_ids).strip()
+        raise InputError(
+            f"the rival {rival!r} and the answer {text!r} begin alike to the end of one of them; name another"
+        )
+    log_p_PV = read_logits(model, answer.ids, answer.read_P)[0].log_softmax(-1)
+    place = torch.tensor([parted], device=model.device)
+    token, other = (torch.tensor([ids[parted]], device=model.device) for ids in (own_ids, rival_ids))
+    return replace(
+        answer, targets_C=place, tokens_C=token, against_C=other, probabilities_C=log_p_PV[place, token].exp()
+    )
+
+
+def _encode_after(model: LanguageModel, prompt: str, said: Answer, text: str) -> list[int]:
+    """The tokens of a text as it goes on from the prompt; its own, where it would change how the prompt is cut into tokens."""
+    num = len(said.prompt_ids)
+    whole = [token.id for token in encode_prompt(model.tokenizer, prompt + text)]
+    ids = whole[num:] if whole[:num] == said.prompt_ids else model.tokenizer(text, add_special_tokens=False).input_ids
+    if num + len(ids) > model.context:
+        raise InputError(
+            f"prompt and answer {text!r:.40} have {num + len(ids)} tokens; {model.name} sees {model.context}"
+        )
+    return list(ids)
+
+
+@torch.no_grad()
+def _contest(model: LanguageModel, prompt_ids: list[int], answer_ids: list[int], is_short: bool) -> Answer:
+    """An answer with the tokens that are contested in it, each against the likeliest other. `is_short`: the model ended it."""
     read_P = torch.arange(len(prompt_ids) - 1, len(prompt_ids) + len(answer_ids), device=model.device)
     log_p_PV = read_logits(model, prompt_ids + answer_ids, read_P)[0].log_softmax(-1)
     last = int(log_p_PV[-1].argmax())
-    complete = len(answer_ids) < most_tokens or last in model.end_ids
+    complete = is_short or last in model.end_ids
     said = answer_ids or [last]  # a model that ends the text at once chose the end
     tokens = torch.tensor(said, device=model.device)
     places = torch.arange(len(said), device=model.device)

@@ -1,6 +1,6 @@
 """Read one prompt layer by layer: which features are active, what passes between layers, and what the answer owes to each.
 
-1. the model answers; every token of the answer is a target (`answer`)
+1. the model answers; every token of the answer is a target, or the next token where it is no answer (`answer`)
 2. "off" is settled: a counterfactual prompt, the mean at the same kind of position, or zero (`baselines`)
 3. the graph: predicted effects of all nodes on the targets, and edges between those that matter (`graph`, `linearizing`,
    `grouping`)
@@ -11,14 +11,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
+from throughline.errors import InputError
+from throughline.models import LanguageModel
 from throughline.records import ActiveFeature, LayerReading, Target, Trace, TraceEdge
 from throughline.text import check_prompt
 from throughline.tokens import encode_prompt
-from throughline.tracing.answer import find_answer, spell
+from throughline.tracing.answer import Answer, find_answer, name_answer, next_token, spell
 from throughline.tracing.baselines import OffKind, find_baseline
 from throughline.tracing.graph import Graph, LayerNodes, build_graph
 from throughline.tracing.inputs import TraceInputs
@@ -45,6 +48,10 @@ class TraceOptions:
     num_chains: int = 3  # per target
     verify: bool = True
     settings: tuple[Setting, ...] = ()  # features set by hand
+    whole: bool = True  # explain all of the answer, if the model ends it by itself; False: the next token
+    chat: bool = False  # the prompt is put into the model's chat template
+    answer: str | None = None  # the answer to explain, whether the model gives it or not
+    rival: str | None = None  # what it is held against
 
 
 Tell = Callable[[str, int, int], None]  # what is done now, the number of that step, and how many there are
@@ -64,12 +71,14 @@ def trace_prompt(
     """
     model = inputs.model
     check_prompt(prompt)
+    asked, prompt = prompt, put_in_chat(model, prompt) if options.chat else prompt
     tokens = encode_prompt(model.tokenizer, prompt)
-    answer = find_answer(model, [t.id for t in tokens], options.most_answer_tokens)
+    said = find_answer(model, [t.id for t in tokens], options.most_answer_tokens)
+    explains, answer = _choose_answer(model, prompt, said, options)
     subject = find_subject(model, inputs.dictionaries, prompt, tokens, answer)
     check_settings(subject, options.settings)
     baseline = find_baseline(subject, options.off, options.against, inputs.role_means)
-    if baseline.others_C is not None:
+    if baseline.others_C is not None and options.rival is None:
         subject = subject.held_against(baseline.others_C)
     num_steps = 2 + (len(subject.layers) + 1 if options.verify else 0)
     tell("predicting effects", 1, num_steps)
@@ -85,17 +94,22 @@ def trace_prompt(
         verification = None
     tell("following chains", num_steps, num_steps)
     scores = subject.scores
-    text = spell(model, answer.prompt_ids, answer.answer_ids)
+    text = spell(model, answer.prompt_ids, answer.answer_ids).strip()
+    says = spell(model, said.prompt_ids, said.answer_ids).strip()
+    correct = None if expected is None else is_answer(says, expected, said.complete)
     return Trace(
         model=model.name,
         prompt=prompt,
         tokens=[(token.id, token.text, token.start, token.end) for token in subject.tokens],
         num_prompt_tokens=len(tokens),
-        answer=text.strip(),
+        asked=asked if options.chat else None,
+        answer=text,
+        explains=explains,
+        says=says if says != text else None,
         answer_probability=answer.probability,
         complete=answer.complete,
         expected=expected,
-        correct=None if expected is None else text.strip() == expected,
+        correct=correct,
         score=float(np.mean(scores)),
         targets=_targets(subject, scores),
         off_kind=baseline.kind,
@@ -108,8 +122,31 @@ def trace_prompt(
         verification=verification,
         steering=steer(inputs, subject, baseline, options.settings) if options.settings else None,
         forced=inputs.forced,
-        notes=_notes(subject, text, expected),
+        notes=_notes(said, says, expected if correct is False else None, explains if options.whole else None),
     )
+
+
+def put_in_chat(model: LanguageModel, prompt: str) -> str:
+    """The text that the model's chat template makes of a user's words; InputError if it has none."""
+    if not model.tokenizer.chat_template:
+        raise InputError(f"{model.name} has no chat template; trace the prompt as it is, without --chat")
+    words = [{"role": "user", "content": prompt}]
+    return model.tokenizer.apply_chat_template(words, tokenize=False, add_generation_prompt=True)
+
+
+def is_answer(says: str, expected: str, complete: bool) -> bool:
+    """Whether what the model says is the expected answer, or begins with it where the model was cut short."""
+    if complete or not says.startswith(expected):
+        return says == expected
+    return not says[len(expected) :][:1].isalnum()
+
+
+def _choose_answer(
+    model: LanguageModel, prompt: str, said: Answer, options: TraceOptions
+) -> tuple[Literal["answer", "next token", "named"], Answer]:
+    if options.answer is not None or options.rival is not None:
+        return "named", name_answer(model, prompt, said, options.answer, options.rival)
+    return ("answer", said) if options.whole and said.complete else ("next token", next_token(model, said))
 
 
 @torch.no_grad()
@@ -208,12 +245,15 @@ def _targets(subject: Subject, scores: list[float]) -> list[Target]:
     return [Target(position=p, text=decode([t]), against=decode([o]), probability=q, score=s) for p, t, o, q, s in each]
 
 
-def _notes(subject: Subject, text: str, expected: str | None) -> list[str]:
-    answer, notes = subject.answer, []
-    if expected is not None and text.strip() != expected:
-        notes.append(f"the model's answer is wrong: {text.strip()!r}, right is {expected!r}")
-    if not answer.complete:
-        notes.append(f"the answer was cut after {len(answer.answer_ids)} tokens")
-    if not answer.answer_ids:
+def _notes(said: Answer, says: str, missed: str | None, explains: str | None) -> list[str]:
+    """`missed` is the right answer, if the model does not give it; `explains` None if no answer was looked for."""
+    notes = []
+    if missed is not None:
+        notes.append(f"the model's answer is wrong: {says!r}, right is {missed!r}")
+    if not said.complete and explains == "next token":
+        notes.append(
+            f"the model had not ended its answer after {len(said.answer_ids)} tokens, so the next token is explained"
+        )
+    if not said.answer_ids and explains != "named":
         notes.append("the model ends the text at once; effects are on its choice of the end")
     return notes

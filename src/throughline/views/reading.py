@@ -178,7 +178,7 @@ def _digest_steps(run: RunDir) -> str:
 
 def trace_id(trace: Trace) -> str:
     """What a trace that is kept in a run is called."""
-    return digest_key("trace", trace.model, trace.prompt)
+    return digest_key("trace", *trace.origin)
 
 
 def _read_traces(run: RunDir) -> Traces:

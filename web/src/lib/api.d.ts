@@ -1579,8 +1579,18 @@ export interface components {
             ][];
             /** Num Prompt Tokens */
             num_prompt_tokens: number;
+            /** Asked */
+            asked?: string | null;
             /** Answer */
             answer: string;
+            /**
+             * Explains
+             * @default answer
+             * @enum {string}
+             */
+            explains: "answer" | "next token" | "named";
+            /** Says */
+            says?: string | null;
             /** Answer Probability */
             answer_probability: number;
             /** Complete */
@@ -2039,6 +2049,15 @@ export interface components {
              * @default true
              */
             verify: boolean;
+            /**
+             * Chat
+             * @default false
+             */
+            chat: boolean;
+            /** Answer */
+            answer?: string | null;
+            /** Rival */
+            rival?: string | null;
         };
         /**
          * TraceRow
