@@ -20,8 +20,9 @@ def write_between(path: Path, mark: str, lines: list[str], heading: str) -> None
 
 
 def hardware_and_date() -> str:
-    """`2 cores, no GPU; 2026-11-23`."""
+    """`2 cores with AVX2, no GPU; 2026-11-23`."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()} cores, {gpu}; {datetime.now(UTC):%Y-%m-%d}"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{os.cpu_count()} cores with {vectors}, {gpu}; {datetime.now(UTC):%Y-%m-%d}"

@@ -1,7 +1,7 @@
 """What the analysis says of the example studies, into docs/results.md.
 
     throughline run examples/zoo-transfer.yaml --out runs/zoo-transfer
-    throughline run examples/stories-seeds.yaml --out runs/stories-seeds
+    throughline run benchmarks/studies/stories-seeds.yaml --out runs/stories-seeds
     python benchmarks/results.py runs/zoo-transfer runs/stories-seeds --write
 
 Every sentence is the analysis' own (`analysis.md` of the run); beside them, of each model's layers, quality and what twins share.

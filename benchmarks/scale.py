@@ -65,7 +65,7 @@ WORLDS = (
 
 def cost_models(copies: int, devices: list[PlannedDevice]) -> tuple[Models, float]:
     """Costs of the study's models, `copies` times, and the minutes between its checkpoints."""
-    study = load_study(ROOT / "examples" / "seed98-offline.yaml", ["data={path: zoo/arithmetic, context: 128}"])
+    study = load_study(ROOT / "examples" / "seed98-offline.yaml")
     kinds = {device.kind: device for device in devices}
     counted = {
         model.shape.name: {

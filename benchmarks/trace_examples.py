@@ -1,6 +1,6 @@
 """Traces of some prompts as `throughline trace` prints them, into docs/results.md.
 
-throughline run examples/stories-seeds.yaml --out runs/stories-seeds
+throughline run benchmarks/studies/stories-seeds.yaml --out runs/stories-seeds
 python benchmarks/trace_examples.py runs/stories-seeds --write
 """
 
@@ -23,7 +23,10 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    lines = [f"`throughline trace RUN PROMPT`, RUN of `examples/stories-seeds.yaml`; {hardware_and_date()}.", ""]
+    lines = [
+        f"`throughline trace RUN PROMPT`, RUN of `benchmarks/studies/stories-seeds.yaml`; {hardware_and_date()}.",
+        "",
+    ]
     for prompt in PROMPTS:
         command = [sys.executable, "-m", "throughline", "trace", options.run, prompt]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout

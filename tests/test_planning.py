@@ -31,7 +31,6 @@ from throughline.training.compiled import Workspace, workspace_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = ROOT / "examples" / "seed98-offline.yaml"
-BUNDLED_TEXT = ["data={path: zoo/arithmetic, context: 128}"]  # in place of one that lies beside the checkout
 STUDY: dict[str, Any] = {
     "name": "planned",
     "models": ["zoo/pythia", {"path": "zoo/gpt2", "layers": [0, 2]}],
@@ -43,7 +42,7 @@ STUDY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def seed98() -> Study:
-    return load_study(OFFLINE, BUNDLED_TEXT)
+    return load_study(OFFLINE)
 
 
 # ---- placing
@@ -190,9 +189,7 @@ def test_what_fits_nowhere_is_refused_with_what_would_fit(seed98):
     with pytest.raises(InputError):
         plan_study(seed98, parse_devices(f"1x{size - 0.2:.1f}GiB"))
     expansion = float(said.split("dictionary.expansion ")[1].split(" ")[0])
-    smaller, larger = (
-        load_study(OFFLINE, [*BUNDLED_TEXT, f"dictionary.expansion={e}"]) for e in (expansion, expansion + 0.1)
-    )
+    smaller, larger = (load_study(OFFLINE, [f"dictionary.expansion={e}"]) for e in (expansion, expansion + 0.1))
     assert plan_study(smaller, parse_devices("4x8GiB")).jobs
     with pytest.raises(InputError):
         plan_study(larger, parse_devices("4x8GiB"))
