@@ -10,7 +10,7 @@ dictionaries are saved under --out in SAELens' layout.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,9 @@ def rows_of(ids: np.ndarray, special_ids: set[int]) -> TokenRows:
     )
 
 
-def open_source(model: LanguageModel, layers: range, ids: np.ndarray, precision: str, device: str) -> TextSource:
+def open_source(
+    model: LanguageModel, layers: Sequence[int], ids: np.ndarray, precision: str, device: str
+) -> TextSource:
     """Activations of these layers at these tokens."""
     config = model.hf.config
     special = {i for i in (config.bos_token_id, config.eos_token_id) if isinstance(i, int)}
@@ -62,7 +64,7 @@ def open_source(model: LanguageModel, layers: range, ids: np.ndarray, precision:
 
 def load_compiled(dictionary: DictionarySpec, training: TrainingSpec, probe_LND: Tensor) -> None:
     """Two steps on noise of one layer: the loops are compiled or read from their cache, which is start-up."""
-    tokens = 2 * training.batch_tokens
+    tokens = 2 * training.step_tokens
     noise_ND = torch.randn(tokens, probe_LND.shape[2]).to(probe_LND)
     short = training.model_copy(update={"tokens": tokens})
     train(ArraySource(noise_ND), {0: dictionary}, short, model="warm-up", num_layers=1)
@@ -79,12 +81,14 @@ def main() -> None:
     parser.add_argument("--target-l0", type=float)
     parser.add_argument("--expansion", type=float, default=8)
     parser.add_argument("--architecture", default="topk")
-    parser.add_argument("--batch", type=int, default=2048, help="tokens per step")
+    parser.add_argument("--batch", default="2048", help="tokens per step, or auto")
     parser.add_argument("--passes", type=int, default=1, help="times the activations at hand are trained on")
     parser.add_argument("--lr", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--layers", type=int, help="only the first so many layers")
+    parser.add_argument(
+        "--layers", default="", help="only the first so many layers, or those of a list such as 5,11,17"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     model = open_model(ModelSpec(path=str(a.bench / "model"), name="bench"), a.device)
@@ -95,13 +99,15 @@ def main() -> None:
     )
     training = TrainingSpec(
         tokens=ids.size,
-        batch_tokens=a.batch,
+        batch_tokens=a.batch if a.batch == "auto" else int(a.batch),
         passes=a.passes,
         lr=a.lr if a.lr == "auto" else float(a.lr),
         precision=a.precision,
         seed=a.seed,
     )
-    layers = range(min(a.layers or model.num_layers, model.num_layers))
+    layers = [int(layer) for layer in a.layers.split(",")] if "," in a.layers else list(range(model.num_layers))
+    if a.layers.isdigit():
+        layers = layers[: int(a.layers)]
     source = open_source(model, layers, ids, a.precision, a.device)
     probe = next(source.batches())[:, :16].clone()
     load_compiled(dictionary, training, probe)
@@ -117,7 +123,7 @@ def main() -> None:
     )
     seconds = time.perf_counter() - started
     for layer, made in trained.own.items():
-        save_dictionary(made, a.out / f"layer_{layer:02d}", probe[layer])
+        save_dictionary(made, a.out / f"layer_{layer:02d}", probe[layers.index(layer)])
     said = {
         "peer": f"throughline-{a.architecture}",
         "tokens": a.tokens,
@@ -125,7 +131,7 @@ def main() -> None:
         "tokens_per_second": round(a.tokens / seconds, 1),
         "threads": torch.get_num_threads(),
         "device": a.device,
-        "batch": a.batch,
+        "batch": training.step_tokens,
         "passes": a.passes,
         "l0": [round(value, 1) for value in last[-1].l0],
     }
