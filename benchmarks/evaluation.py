@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def prepare(asked: Any, layers: list[int], folder: Path) -> float:
     heldout = iter(read_documents(data, "heldout", 0))
     documents = take_documents(heldout, model.tokenizer, asked.tokens, CONTEXT)
     some = take_documents(iter(documents), model.tokenizer, asked.spliced, CONTEXT)
-    for name, these in (("heldout", documents), ("spliced", some)):
+    for name, these in (("heldout", documents), ("spliced", some), ("rest", documents[len(some) :])):
         rows_of = collect_rows(these, model.tokenizer, CONTEXT)
         np.savez(folder / f"{name}.npz", **vars(rows_of))
     return seconds
@@ -137,11 +138,15 @@ def run_child(path: str, folder: Path) -> None:
     for file in sorted(folder.glob("layer_*.safetensors"), key=lambda file: int(file.stem.split("_")[1])):
         weights = {name: torch.from_numpy(array) for name, array in load_arrays(file).items()}
         dictionaries[int(file.stem.split("_")[1])] = Dictionary("topk", **weights, options={"k": 32})
-    heldout, spliced = (TokenRows(**np.load(folder / f"{name}.npz")) for name in ("heldout", "spliced"))
-    warm = next(heldout.batches(2))
-    evaluate(model, dictionaries, warm, warm, GateSpec())  # loops are compiled
+    heldout, spliced, rest = (TokenRows(**np.load(folder / f"{name}.npz")) for name in ("heldout", "spliced", "rest"))
+    if "rest" in signature(evaluate).parameters:
+        texts = {"spliced": spliced, "rest": rest}
+    else:
+        texts = {"heldout": heldout, "spliced": spliced}  # older ones read what is spliced twice
+    warm = {name: next(rows.batches(2)) for name, rows in texts.items()}
+    evaluate(model, dictionaries, **warm, gate=GateSpec())  # loops are compiled
     begin = time.perf_counter()
-    qualities = evaluate(model, dictionaries, heldout, spliced, GateSpec())
+    qualities = evaluate(model, dictionaries, **texts, gate=GateSpec())
     seconds = time.perf_counter() - begin
     figures = {quality.layer: quality.model_dump() for quality in qualities}
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

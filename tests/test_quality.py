@@ -11,6 +11,7 @@ from torch import Tensor
 
 from builders import CONTEXT, identity_dictionary, random_dictionary, random_documents, tiny_model, word_pieces
 from throughline import ablation
+from throughline import quality as quality_module
 from throughline.dictionaries import Dictionary
 from throughline.harvesting import harvest
 from throughline.models import LanguageModel
@@ -20,6 +21,10 @@ from throughline.study import GateSpec
 from throughline.tokens import Piece, TokenRows, pack
 
 LAYERS = (0, 2)
+SPLICED_FIELDS = {
+    "num_spliced_tokens", "ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation", "ce_loss_score", "delta_ce",
+    "kl_div_with_sae", "num_answers", "answers_kept",
+}  # fmt: skip
 OPEN_GATE = GateSpec(max_l0_share=1.0, max_fvu=1.0, min_ce_recovered=-1e9, max_dead=1.0)
 
 
@@ -185,7 +190,11 @@ def close_dictionary(model: LanguageModel, rows: TokenRows, layer: int, k: int |
 
 
 def assess(model: LanguageModel, one: Dictionary | dict, rows: TokenRows, gate: GateSpec = OPEN_GATE) -> LayerQuality:
-    return evaluate(model, one if isinstance(one, dict) else {1: one}, rows, rows, gate)[0]
+    return evaluate(model, one if isinstance(one, dict) else {1: one}, rows, nothing(rows), gate)[0]
+
+
+def nothing(rows: TokenRows) -> TokenRows:
+    return TokenRows.padding(0, rows.width)
 
 
 @pytest.mark.parametrize(("k", "share_of_sinks"), [(None, 0), (6, 0), (6, 0.05)])
@@ -195,7 +204,7 @@ def test_every_measure_is_the_oracles(model, rows, pieces, k, share_of_sinks):
         [(_, x_LND)] = harvest(model, [rows], LAYERS)
         limits = x_LND.norm(dim=2).quantile(1 - share_of_sinks, dim=1).tolist()
         dictionaries = {a: replace(d, sink_norm=n) for (a, d), n in zip(dictionaries.items(), limits, strict=True)}
-    found = evaluate(model, dictionaries, rows, rows, OPEN_GATE)
+    found = evaluate(model, dictionaries, rows, nothing(rows), OPEN_GATE)
     assert [quality.layer for quality in found] == list(LAYERS)
     for quality in found:
         expected = oracle(model, dictionaries[quality.layer], quality.layer, pieces)
@@ -238,6 +247,25 @@ def test_zero_dictionary_is_zero_ablation(model, rows):
     assert quality.ce_loss_with_sae == pytest.approx(quality.ce_loss_with_ablation)
     assert quality.ce_loss_score == pytest.approx(0, abs=1e-6) and quality.l0 == 0 and quality.dead == 1
     assert [words.split()[0] for words in quality.gate] == ["FVU", "CE", "dead"]
+
+
+@pytest.mark.parametrize("kept_bytes", [2**30, 0])
+def test_reconstruction_is_of_what_is_spliced_and_the_rest(model, rows, kept_bytes, monkeypatch):
+    """However the rows are divided, and whether activations are kept or made again."""
+    monkeypatch.setattr(quality_module, "KEPT_BYTES", kept_bytes)
+    dictionaries = {layer: close_dictionary(model, rows, layer, 6) for layer in LAYERS}
+    some, rest = rows.select(slice(2)), rows.select(slice(2, None))
+    whole = evaluate(model, dictionaries, rows, nothing(rows), OPEN_GATE)
+    parts = evaluate(model, dictionaries, some, rest, OPEN_GATE)
+    alone = evaluate(model, dictionaries, some, nothing(rows), OPEN_GATE)
+    for a, b, spliced in zip(whole, parts, alone, strict=True):
+        of_mean = {"ce_loss_with_mean_ablation", "ce_loss_score_mean"}  # whose mean is of more text
+        for name, value in b.model_dump().items():
+            same_as = spliced if name in SPLICED_FIELDS else a
+            if name not in of_mean:
+                expected = getattr(same_as, name)
+                is_number = isinstance(expected, float | list)
+                assert value == (pytest.approx(expected, rel=1e-4, abs=1e-6) if is_number else expected), name
 
 
 def test_one_piece_is_run_for_all_that_begin_alike(model, rows, monkeypatch):

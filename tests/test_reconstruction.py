@@ -341,7 +341,7 @@ def test_spliced_reconstructions_cost_what_quality_says(zoo_side, monkeypatch):
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]  # layers 1 and 3
     assert [layer for _, layer in carried] == [(1, 3)[j] for _, j in places]
     for place, (dictionary, layer) in zip(places, carried, strict=True):
-        (quality,) = evaluate(model, {layer: dictionary}, rows, rows, GateSpec())
+        (quality,) = evaluate(model, {layer: dictionary}, rows, TokenRows.padding(0, rows.width), GateSpec())
         assert arrays["delta_ce"][place] == pytest.approx(quality.delta_ce, rel=1e-4)
         assert 1 - quality.fvu == pytest.approx(arrays["value"][place], abs=1e-4)
     assert "delta_ce" not in reconstruct(zoo_side)

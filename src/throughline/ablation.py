@@ -5,11 +5,11 @@ What such a model predicts after a token depends on the token's position and on 
 such text, the longest is run, and speaks for all. Where only BOS keeps its stream that is one piece, whatever the vocabulary.
 
 A model whose later blocks see the tokens themselves would be another matter, so one more piece of the commonest beginning is run:
-if its predictions differ, every piece is.
+at the first layer: if its predictions differ, every piece is.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,25 +42,44 @@ class _Piece(NamedTuple):
 def ablated_ce(
     model: LanguageModel,
     rows: TokenRows,
-    kept_RT: Bool[np.ndarray, "R T"],
-    layer: int,
-    values: Sequence[Float[Tensor, "D"]],
-) -> list[float]:
-    """Sum of CE over the predicted tokens, nats, with the stream after block `layer` set to each of `values` where not `kept`."""
-    pieces = list(_pieces(rows, kept_RT))
-    if not pieces:
-        return [0.0] * len(values)
-    beginnings = [piece.beginning() for piece in pieces]
+    kept: Mapping[int, Bool[np.ndarray, "R T"]],
+    values: Mapping[int, Sequence[Float[Tensor, "D"]]],
+) -> dict[int, list[float]]:
+    """For each layer the sums of CE over the predicted tokens, nats, with the stream after it set to each of its `values`.
+
+    `kept` says which tokens keep their stream at a layer.
+    """
+    sums = {layer: [0.0] * len(values[layer]) for layer in kept}
+    pieces = {layer: list(_pieces(rows, kept_RT)) for layer, kept_RT in kept.items()}
+    if not any(pieces.values()):
+        return sums
+    first = min(pieces)
+    beginnings = {layer: [piece.beginning() for piece in of_layer] for layer, of_layer in pieces.items()}
+    pair = _find_pair(pieces[first], beginnings[first])
+    is_constant = pair is None or _agree(model, pair, first, values[first][0])
+    together: dict[tuple[int, ...], list[int]] = {}  # layers that run the same pieces share a pass up to them
+    for layer, begins in beginnings.items():
+        runs = _find_runs(pieces[layer], begins) if is_constant else range(len(begins))
+        together.setdefault(tuple(runs), []).append(layer)
+    for runs, layers in together.items():
+        sums |= _sum_ce(
+            model, {layer: pieces[layer] for layer in layers}, runs, {layer: values[layer] for layer in layers}
+        )
+    return sums
+
+
+def _find_pair(pieces: list[_Piece], beginnings: list[tuple[bytes, bytes]]) -> list[_Piece] | None:
+    """Two pieces of the commonest beginning, if two have one."""
+    ((commonest, count),) = Counter(beginnings).most_common(1)
+    alike = [piece for piece, begins in zip(pieces, beginnings, strict=True) if begins == commonest]
+    return sorted(alike, key=lambda piece: len(piece.ids_T))[-2:] if count > 1 else None
+
+
+def _find_runs(pieces: list[_Piece], beginnings: list[tuple[bytes, bytes]]) -> list[int]:
+    """For each piece the longest with the same beginning."""
     by_length = sorted(range(len(pieces)), key=lambda i: len(pieces[i].ids_T))
     longest = {beginnings[i]: i for i in by_length}  # the last of its kind stays
-    ((commonest, count),) = Counter(beginnings).most_common(1)
-    runs = [longest[begins] for begins in beginnings]
-    if count > 1:
-        one = longest[commonest]
-        other = next(i for i, begins in enumerate(beginnings) if begins == commonest and i != one)
-        if not _agree(model, [pieces[one], pieces[other]], layer, values[0]):
-            runs = list(range(len(pieces)))
-    return _sum_ce(model, pieces, runs, layer, values)
+    return [longest[begins] for begins in beginnings]
 
 
 def _pieces(rows: TokenRows, kept_RT: np.ndarray) -> Iterator[_Piece]:
@@ -72,22 +91,30 @@ def _pieces(rows: TokenRows, kept_RT: np.ndarray) -> Iterator[_Piece]:
                 yield _Piece(ids_T[part], kept_T[part])
 
 
-def _agree(model: LanguageModel, two: list[_Piece], layer: int, value_D: Tensor) -> bool:
-    shortest = min(len(piece.ids_T) for piece in two) - 1
-    [[x_PD], [y_PD]] = ([x_BTD[0, :shortest] for x_BTD in _ablated(model, [one], layer, [value_D])] for one in two)
+def _agree(model: LanguageModel, pair: list[_Piece], layer: int, value_D: Tensor) -> bool:
+    shortest = min(len(piece.ids_T) for piece in pair) - 1
+    [(_, _, x_BTD)] = _ablated(model, {layer: pair}, {layer: [value_D]})
     at = torch.linspace(0, shortest - 1, min(shortest, 16)).long()  # enough of them to tell
-    a, b = (log_softmax(model.unembed(stream_PD[at]), dim=-1) for stream_PD in (x_PD, y_PD))
+    a, b = (log_softmax(model.unembed(x_TD[at]), dim=-1) for x_TD in x_BTD)
     return bool((a - b).abs().amax() < SAME)
 
 
-def _ablated(model: LanguageModel, batch: list[_Piece], layer: int, values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """For each of `values` the stream after the last block, one piece a row."""
-    rows = _lay_out(batch)
-    clean = run_clean(model, rows, [layer])
-    replaced = torch.from_numpy(rows.keep).to(model.device)[..., None]
-    for value_D in values:
-        stream_BTD = clean.residuals[layer]
-        yield run_on(model, clean.inputs, layer, torch.where(replaced, value_D.to(stream_BTD), stream_BTD))
+def _ablated(
+    model: LanguageModel, batch: Mapping[int, list[_Piece]], values: Mapping[int, Sequence[Tensor]]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """For each layer and each of its values: layer, number of the value, and the stream after the last block, one piece a row.
+
+    The pieces of all layers are the same but for what is kept.
+    """
+    inputs, residuals = None, {}
+    for layer, pieces in batch.items():
+        rows = _lay_out(pieces)
+        if inputs is None:
+            inputs, residuals, _ = run_clean(model, rows, list(batch))
+        replaced = torch.from_numpy(rows.keep).to(model.device)[..., None]
+        for v, value_D in enumerate(values[layer]):
+            stream_BTD = torch.where(replaced, value_D.to(residuals[layer]), residuals[layer])
+            yield layer, v, run_on(model, inputs, layer, stream_BTD)
 
 
 def _lay_out(pieces: list[_Piece]) -> TokenRows:
@@ -101,28 +128,31 @@ def _lay_out(pieces: list[_Piece]) -> TokenRows:
 
 
 def _sum_ce(
-    model: LanguageModel, pieces: list[_Piece], runs: list[int], layer: int, values: Sequence[Tensor]
-) -> list[float]:
-    """`runs[i]` is the piece whose run speaks for piece i."""
+    model: LanguageModel,
+    pieces: Mapping[int, list[_Piece]],
+    runs: Sequence[int],
+    values: Mapping[int, Sequence[Tensor]],
+) -> dict[int, list[float]]:
+    """`runs[i]` is the piece whose run speaks for piece i, at each of these layers."""
+    texts = next(iter(pieces.values()))
     targets: dict[int, list[np.ndarray]] = {}
-    for piece, run in zip(pieces, runs, strict=True):
+    for piece, run in zip(texts, runs, strict=True):
         targets.setdefault(run, []).append(piece.ids_T[1:])
-    order = sorted(targets, key=lambda i: len(pieces[i].ids_T))
-    width = len(pieces[order[-1]].ids_T)
-    sums = [0.0] * len(values)
-    num_rows = batch_rows(model, width, 2 + len(values))
+    order = sorted(targets, key=lambda i: len(texts[i].ids_T))
+    sums = {layer: [0.0] * len(of_layer) for layer, of_layer in values.items()}
+    num_rows = batch_rows(model, len(texts[order[-1]].ids_T), 2 * len(pieces) + 2)
     for start in range(0, len(order), num_rows):
         batch = order[start : start + num_rows]
-        at = [(r, t) for r, run in enumerate(batch) for t in range(len(pieces[run].ids_T) - 1)]
-        rows_P, places_P = (torch.tensor(index, device=model.device) for index in zip(*at, strict=True))
-        wanted = [_targets_at(targets[run], t) for run in batch for t in range(len(pieces[run].ids_T) - 1)]
-        for v, x_BTD in enumerate(_ablated(model, [pieces[run] for run in batch], layer, values)):
-            x_PD = x_BTD[rows_P, places_P]
+        places = [(r, t) for r, run in enumerate(batch) for t in range(len(texts[run].ids_T) - 1)]
+        rows_P, times_P = (torch.tensor(index, device=model.device) for index in zip(*places, strict=True))
+        wanted = [_targets_at(targets[batch[r]], t) for r, t in places]
+        chosen = {layer: [of_layer[run] for run in batch] for layer, of_layer in pieces.items()}
+        for layer, v, x_BTD in _ablated(model, chosen, values):
+            x_PD = x_BTD[rows_P, times_P]
             for part in logit_parts(model, len(x_PD)):
                 log_p_PV = log_softmax(model.unembed(x_PD[part]), dim=-1)
-                sums[v] -= float(
-                    sum(row_V[ids].double().sum() for row_V, ids in zip(log_p_PV, wanted[part], strict=True))
-                )
+                each = (row_V[ids].double().sum() for row_V, ids in zip(log_p_PV, wanted[part], strict=True))
+                sums[layer][v] -= float(sum(each))
     return sums
 
 

@@ -1,9 +1,10 @@
 """How well dictionaries stand in for the residual stream, on held-out text.
 
-    1. one pass for the mean of every layer, and for reconstruction: FVU = sum|x - x_hat|^2 / sum|x - mean|^2, L0, dead and dense
-       features; a second pass where the activations are too many to be kept
-    2. one pass as the model is, then for each layer the blocks after it with x_hat in place of x: CE, KL, answers kept
-    3. for each layer zero and the mean in place of x, which few runs tell (`ablation.py`): CE
+    1. some of the text as the model is, then for each layer the blocks after it with x_hat in place of x: CE, KL, answers kept
+    2. the rest of it up to the last layer, for the mean of every layer
+    3. reconstruction, of both: FVU = sum|x - x_hat|^2 / sum|x - mean|^2, L0, dead and dense features. The activations are kept from
+       the passes before, or made again where they are too many
+    4. for each layer zero and the mean in place of x, which few runs tell (`ablation.py`): CE
 
 Attention sinks of a layer are counted and left out of all of it, the mean included; where something is put in the place of x they
 stay as they are. FVU over all tokens, sinks too, stands beside the one without them.
@@ -13,12 +14,15 @@ Names follow SAEBench core; `explained_variance_legacy` is its per-token form.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from throughline.ablation import ablated_ce
@@ -59,21 +63,36 @@ class _Spliced:
 def evaluate(
     model: LanguageModel,
     dictionaries: dict[int, Dictionary],
-    heldout: TokenRows,
     spliced: TokenRows,
+    rest: TokenRows,
     gate: GateSpec,
 ) -> list[LayerQuality]:
-    """Quality of each layer's dictionary: reconstruction on `heldout`, spliced into the model on `spliced`."""
+    """Quality of each layer's dictionary: spliced into the model on `spliced`, reconstruction on these rows and the `rest`."""
     layers = list(dictionaries)
-    harvested = _Harvested(model, heldout, layers)
-    means_LD = _means(model, harvested, dictionaries)
+    kept: list[Harvested] | None = []
+    if 4 * (spliced.num_tokens + rest.num_tokens) * model.d_model * len(layers) > KEPT_BYTES:
+        kept = None
+    means = _Means(model, list(dictionaries.values()))
+
+    def take(one: Harvested) -> None:
+        means.add(one[1])
+        if kept is not None:
+            kept.append(one)
+
+    splices = _splice(model, dictionaries, spliced, take)
+    for one in _harvest(model, rest, layers):
+        take(one)
+    means_LD = means.result()
     sums = [_Sums(dictionaries[layer], means_LD[i]) for i, layer in enumerate(layers)]
-    for rows, x_LND in harvested:
+    again = chain(_harvest(model, spliced, layers), _harvest(model, rest, layers)) if kept is None else kept
+    width = max(spliced.width, rest.width)
+    for rows, x_LND in again:
         positions, kinds = (torch.from_numpy(a[rows.keep].astype(np.int64)) for a in (rows.positions, rows.kinds))
-        for x_ND, one in zip(x_LND, sums, strict=True):
-            one.add(x_ND, (positions * NUM_POSITION_BINS // heldout.width).to(x_ND.device), kinds.to(x_ND.device))
-    harvested.forget()
-    splice_measures = _splice(model, dictionaries, means_LD, spliced)
+        bins_N, kinds_N = (t.to(x_LND.device) for t in (positions * NUM_POSITION_BINS // width, kinds))
+        each = partial(_add_layer, sums, x_LND, bins_N, kinds_N)
+        list(spread(each, range(len(layers)), model.device))
+    kept = None
+    splice_measures = _measure_splices(model, dictionaries, means_LD, spliced, splices)
     qualities = []
     for i, layer in enumerate(layers):
         fields = sums[i].result() | splice_measures[layer]
@@ -100,7 +119,7 @@ def failed_conditions(measures: dict, dictionary: Dictionary, gate: GateSpec) ->
         (measures["fvu"] <= gate.max_fvu, f"FVU {measures['fvu']:.3f} > {gate.max_fvu}"),
         (
             measures["ce_loss_score"] >= gate.min_ce_recovered,
-            f"CE recovered {measures['ce_loss_score']:.3f} < {gate.min_ce_recovered}",
+            f"CE recovered {measures['ce_loss_score']:z.3f} < {gate.min_ce_recovered}",
         ),
         (measures["dead"] <= gate.max_dead, f"dead {measures['dead']:.1%} > {gate.max_dead:.0%}"),
     )
@@ -112,47 +131,38 @@ def measure_means(
     model: LanguageModel, dictionaries: Mapping[int, Dictionary], rows: TokenRows
 ) -> Float[Tensor, "L D"]:
     """Mean residual stream of each layer over the kept tokens that are no sinks there."""
-    return _means(model, _Harvested(model, rows, list(dictionaries)), dictionaries)
+    means = _Means(model, list(dictionaries.values()))
+    for _, x_LND in _harvest(model, rows, list(dictionaries)):
+        means.add(x_LND)
+    return means.result()
 
 
-def _means(
-    model: LanguageModel, harvested: Iterable[Harvested], dictionaries: Mapping[int, Dictionary]
-) -> Float[Tensor, "L D"]:
-    total_LD = torch.zeros(len(dictionaries), model.d_model, dtype=torch.float64)
-    count_L1 = torch.zeros(len(dictionaries), 1)
-    for _, x_LND in harvested:
-        for i, dictionary in enumerate(dictionaries.values()):
-            ordinary_ND = x_LND[i][~dictionary.is_sink(x_LND[i])]
-            total_LD[i] += ordinary_ND.double().sum(0).cpu()
-            count_L1[i] += len(ordinary_ND)
-    return (total_LD / count_L1.clamp_min(1)).float().to(model.device)
+class _Means:
+    """Sums of the residual stream of each layer over the tokens that are no sinks there."""
+
+    def __init__(self, model: LanguageModel, dictionaries: list[Dictionary]) -> None:
+        self._dictionaries, self._device = dictionaries, model.device
+        self._total_LD = torch.zeros(len(dictionaries), model.d_model, dtype=torch.float64)
+        self._count_L1 = torch.zeros(len(dictionaries), 1)
+
+    def add(self, x_LND: Tensor) -> None:
+        for i, (x_ND, dictionary) in enumerate(zip(x_LND, self._dictionaries, strict=True)):
+            ordinary_ND = x_ND[~dictionary.is_sink(x_ND)]
+            self._total_LD[i] += ordinary_ND.double().sum(0).cpu()
+            self._count_L1[i] += len(ordinary_ND)
+
+    def result(self) -> Float[Tensor, "L D"]:
+        return (self._total_LD / self._count_L1.clamp_min(1)).float().to(self._device)
 
 
-class _Harvested:
-    """Activations of rows, to be gone through more than once: kept from the first time if they are few, else made again."""
+def _harvest(model: LanguageModel, rows: TokenRows, layers: list[int]) -> Iterator[Harvested]:
+    threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+    return harvest(model, rows.batches(batch_rows(model, rows.width, len(layers))), layers, threads)
 
-    def __init__(self, model: LanguageModel, rows: TokenRows, layers: list[int]) -> None:
-        self._model, self._rows, self._layers = model, rows, layers
-        self._kept: list[Harvested] | None = None
 
-    def __iter__(self) -> Iterator[Harvested]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        model, rows = self._model, self._rows
-        is_small = 4 * rows.num_tokens * model.d_model * len(self._layers) <= KEPT_BYTES
-        threads = torch.get_num_threads() if model.device.type == "cpu" else 1
-        batches = rows.batches(batch_rows(model, rows.width, len(self._layers)))
-        kept = []
-        for one in harvest(model, batches, self._layers, threads):
-            if is_small:
-                kept.append(one)
-            yield one
-        self._kept = kept if is_small else None
-
-    def forget(self) -> None:
-        """Free what is kept."""
-        self._kept = None
+@torch.no_grad()
+def _add_layer(sums: list["_Sums"], x_LND: Tensor, bins_N: Tensor, kinds_N: Tensor, i: int) -> None:
+    sums[i].add(x_LND[i], bins_N, kinds_N)
 
 
 class _Sums:
@@ -180,7 +190,7 @@ class _Sums:
             self._add_sinks(x_ND[sink_N])
             x_ND, bins_N, kinds_N = x_ND[~sink_N], bins_N[~sink_N], kinds_N[~sink_N]
         f_NF = self.dictionary.encode(x_ND)
-        x_hat_ND = self.dictionary.decode(f_NF)
+        x_hat_ND = self.dictionary.decode_few(f_NF)
         centred_ND = x_ND - self.mean_D
         error_ND, square_ND = (x_ND - x_hat_ND).square(), centred_ND.square()
         residual_N, variance_N = error_ND.sum(1).double(), square_ND.sum(1).double()
@@ -238,39 +248,56 @@ class _Sums:
         }
 
 
+class _Splices(NamedTuple):
+    """What splicing came to, and which tokens kept their stream: special ones, and each layer's sinks."""
+
+    clean: _Spliced
+    with_sae: dict[int, _Spliced]
+    kept_LRT: Bool[np.ndarray, "L R T"]
+
+
 def _splice(
-    model: LanguageModel, dictionaries: dict[int, Dictionary], means_LD: Tensor, rows: TokenRows
-) -> dict[int, dict]:
-    """Run every batch clean, and on from each layer with x_hat, zero and the mean in its place; measures by layer."""
+    model: LanguageModel, dictionaries: dict[int, Dictionary], rows: TokenRows, take: Callable[[Harvested], None]
+) -> _Splices:
+    """Run every batch clean, and on from each layer with x_hat in its place. `take` is given the activations of the clean pass."""
     num_rows = batch_rows(model, rows.width, 2 * len(dictionaries) + 2)
-    for layer in dictionaries:
+    for layer in (*dictionaries, model.num_layers - 1):
         model.after(layer)  # made before threads ask for it
 
     @torch.no_grad()
-    def run(batch: TokenRows) -> tuple[list[Scores], list[np.ndarray]]:
-        """Of one batch the scores, clean and from each layer, and which tokens are sinks at each."""
+    def run(batch: TokenRows) -> tuple[list[Scores], list[np.ndarray], Tensor]:
+        """Of one batch the scores, clean and from each layer, which tokens are sinks at each, and activations of the others."""
         clean = run_clean(model, batch, list(dictionaries))
         streams = [run_spliced(model, batch, clean, layer, d.reconstruct) for layer, d in dictionaries.items()]
         sinks = [
             d.is_sink(clean.residuals[layer].flatten(0, 1)).view(batch.ids.shape).cpu().numpy()
             for layer, d in dictionaries.items()
         ]
-        return score_streams(model, batch, [clean.final_BTD, *streams]), sinks
+        keep = torch.from_numpy(batch.keep).to(model.device)
+        x_LND = torch.stack([clean.residuals[layer][keep].float() for layer in dictionaries])
+        return score_streams(model, batch, [clean.final_BTD, *streams]), sinks, x_LND
 
-    clean, with_sae = _Spliced(), {layer: _Spliced() for layer in dictionaries}
-    kept_LRT = np.repeat(rows.special[None], len(dictionaries), axis=0)
+    splices = _Splices(
+        _Spliced(), {layer: _Spliced() for layer in dictionaries}, np.repeat(rows.special[None], len(dictionaries), 0)
+    )
     batches = list(rows.batches(num_rows))
     with quiet_transformers():
-        for i, (scores, sinks) in enumerate(spread(run, batches, model.device)):
-            for sums, of_one in zip((clean, *with_sae.values()), scores, strict=True):
+        for i, (scores, sinks, x_LND) in enumerate(spread(run, batches, model.device)):
+            take((batches[i], x_LND))
+            for sums, of_one in zip((splices.clean, *splices.with_sae.values()), scores, strict=True):
                 sums.add(of_one, batches[i])
-            for kept_RT, sink_BT in zip(kept_LRT, sinks, strict=True):
+            for kept_RT, sink_BT in zip(splices.kept_LRT, sinks, strict=True):
                 kept_RT[i * num_rows :][: len(sink_BT), : sink_BT.shape[1]] |= sink_BT
-    measures = {}
-    for mean_D, kept_RT, (layer, spliced) in zip(means_LD, kept_LRT, with_sae.items(), strict=True):
-        zero, average = ablated_ce(model, rows, kept_RT, layer, [torch.zeros_like(mean_D), mean_D])
-        measures[layer] = _splice_measures(clean, spliced, zero, average)
-    return measures
+    return splices
+
+
+def _measure_splices(
+    model: LanguageModel, dictionaries: dict[int, Dictionary], means_LD: Tensor, rows: TokenRows, splices: _Splices
+) -> dict[int, dict]:
+    kept = dict(zip(dictionaries, splices.kept_LRT, strict=True))
+    values = {layer: [torch.zeros_like(mean_D), mean_D] for layer, mean_D in zip(dictionaries, means_LD, strict=True)}
+    ablated = ablated_ce(model, rows, kept, values)
+    return {layer: _splice_measures(splices.clean, splices.with_sae[layer], *ablated[layer]) for layer in dictionaries}
 
 
 def _splice_measures(clean: _Spliced, with_sae: _Spliced, zeroed: float, averaged: float) -> dict:

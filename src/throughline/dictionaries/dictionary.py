@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from throughline.registry import ARCHITECTURES
 
 CHUNK_ELEMENTS = 2**25  # pre-activations held at once
+FEW = 16  # a gathered row of the decoder costs several times what one in a product costs
 
 
 class Sparse(NamedTuple):
@@ -82,11 +84,23 @@ class Dictionary:
         """Activations from features."""
         return torch.addmm(self.b_dec, f_NF, self.W_dec)
 
+    def decode_few(self, f_NF: Float[Tensor, "N {self.d_sae}"]) -> Float[Tensor, "N {self.d_model}"]:
+        """`decode`, whose sum is over the active features alone where an architecture keeps a few of many (on a CPU)."""
+        if f_NF.device.type != "cpu" or self.options.get("k", self.d_sae) * FEW > self.d_sae or not len(f_NF):
+            return self.decode(f_NF)
+        from throughline.dictionaries.kernels import compress  # numba takes half a second to import
+
+        count_N, features, values = (torch.from_numpy(array) for array in compress(f_NF.contiguous().numpy()))
+        bags = embedding_bag(
+            features.long(), self.W_dec, count_N.cumsum(0) - count_N, mode="sum", per_sample_weights=values
+        )
+        return bags + self.b_dec
+
     def reconstruct(self, x_ND: Float[Tensor, "N {self.d_model}"]) -> Float[Tensor, "N {self.d_model}"]:
         """x_hat, chunk by chunk so that memory stays bounded; sinks as they are."""
         if not len(x_ND):
             return x_ND.clone()
-        x_hat_ND = torch.cat([self.decode(self.encode(x)) for x in self.chunks(x_ND)])
+        x_hat_ND = torch.cat([self.decode_few(self.encode(x)) for x in self.chunks(x_ND)])
         if math.isfinite(self.sink_norm):
             sink_N = self.is_sink(x_ND)
             x_hat_ND[sink_N] = x_ND[sink_N].to(x_hat_ND)

@@ -22,7 +22,7 @@ def evaluate_model(session: Session, spec: ModelSpec) -> None:
         return
     session.say(f"evaluating {spec.name}")
     with session.timed("evaluate"), run.step(*step) as files:
-        spliced = take_documents(
+        first = take_documents(
             iter(session.heldout),
             session.model(spec.name).tokenizer,
             study.evaluation.spliced_tokens,
@@ -31,8 +31,8 @@ def evaluate_model(session: Session, spec: ModelSpec) -> None:
         qualities = evaluate(
             session.model(spec.name),
             session.dictionaries(spec.name),
-            session.rows(spec.name, session.heldout),
-            session.rows(spec.name, spliced),
+            session.rows(spec.name, first),
+            session.rows(spec.name, session.heldout[len(first) :]),
             study.gate,
         )
         files += [run.write_quality(quality) for quality in qualities]
