@@ -31,11 +31,12 @@ def main() -> None:
     study, qualities = run.study(), run.quality(asked.model)
     spec = study.dictionary
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in (run.info().seconds or {}).items())
+    seconds += ". " * bool(seconds)
     passed = sum(quality.passed for quality in qualities)
     lines = [
         f"`throughline run benchmarks/studies/{study.name}.yaml`; {hardware_and_date()}. {study.training.tokens:,} tokens, "
         f"{spec.architecture}, {spec.expansion}x, k {spec.k}; {passed} of {len(qualities)} layers "
-        f"pass the gate. {seconds}. {asked.note}".rstrip(),
+        f"pass the gate. {seconds}{asked.note}".rstrip(),
         "",
         "| layer | FVU | of all tokens | per coordinate | sinks | of | dead | ΔCE | KL | CE recovered | from the mean | setbacks | "
         "gate |",
