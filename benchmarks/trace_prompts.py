@@ -33,33 +33,38 @@ def main() -> None:
     asked = parser.parse_args()
     session = Session(RunDir.open(asked.run), say=print)
     name = session.study.model(asked.model).name
-    rows, paragraphs, measured = [], [], []
+    traces: list[tuple[Trace, str, float]] = []
     for line in filter(None, asked.prompts.read_text().splitlines()):
         prompt, _, right = (part.strip() for part in line.partition("|"))
         begin = time.perf_counter()
         found = look(session, prompt, name, trace_options(session.study))
-        seconds = time.perf_counter() - begin
-        rows.append(row(found, right, seconds))
-        paragraphs += [paragraph(found), ""]
-        measured += [(f.predicted_effect, f.effect) for f in found.features if f.effect is not None]
-        print(rows[-1], flush=True)
+        traces.append((found, right, time.perf_counter() - begin))
+        print(row(*traces[-1]), flush=True)
+        if asked.write:
+            write_between(
+                PAGE,
+                asked.write,
+                describe(traces, session.study.name, asked.prompts.name),
+                asked.heading or asked.write,
+            )
+
+
+def describe(traces: list[tuple[Trace, str, float]], study: str, prompts: str) -> list[str]:
+    """The table and the paragraphs."""
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    pooled = np.corrcoef(np.array(measured).T)[0, 1]
-    lines = [
-        f"`python benchmarks/trace_prompts.py RUN --prompts {asked.prompts.name}`, RUN of the study `{session.study.name}`; "
-        f"{hardware_and_date()}. {len(rows)} prompts, peak memory {memory:.1f} GiB. Over all {len(measured):,} shown features the "
-        f"predicted effect agrees with the measured one with r {pooled:.2f}.",
+    pairs = [(f.predicted_effect, f.effect) for found, *_ in traces for f in found.features if f.effect is not None]
+    return [
+        f"`python benchmarks/trace_prompts.py RUN --prompts {prompts}`, RUN of the study `{study}`; {hardware_and_date()}. "
+        f"{len(traces)} prompts, peak memory {memory:.1f} GiB. Over all {len(pairs):,} shown features the predicted effect agrees "
+        f"with the measured one with r {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}.",
         "",
         "| prompt | tokens | explained | p | right | lead | s | r shown | r random | r edges within | r edges across | "
-        "all measured nodes keep | as many random ones |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *rows,
+        "features alone keep |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *(row(*one) for one in traces),
         "",
-        *paragraphs,
+        *(text for found, *_ in traces for text in (paragraph(found), "")),
     ]
-    print("\n".join(lines))
-    if asked.write:
-        write_between(PAGE, asked.write, lines, asked.heading or asked.write)
 
 
 def row(found: Trace, right: str, seconds: float) -> str:
@@ -70,8 +75,8 @@ def row(found: Trace, right: str, seconds: float) -> str:
         "–" if a.pearson is None else f"{a.pearson:.2f}"
         for a in (checked.nodes, checked.controls, checked.within, checked.across)
     ]
-    most = checked.faithfulness[-1]
-    faithful = f"{most.faithfulness:.2f} ({most.num}) | {most.random:.2f}"
+    curve = checked.faithfulness  # none where the answer leads no more than with everything off
+    faithful = f"{curve[-1].faithfulness:.2f} ({curve[-1].num:,})" if curve else "–"
     is_right = "–" if not right else "yes" if found.reply.strip().startswith(right) else "no"
     return (
         f"| {code(found.prompt)} | {found.num_prompt_tokens} | {code(found.answer)} | {found.answer_probability:.2f} | "
