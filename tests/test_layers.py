@@ -40,7 +40,7 @@ LAYERS = (
         "gguf_models",
     },
     {"text", "tokens", "models", "dictionaries", "sinks"},
-    {"harvesting", "codes", "splicing", "pools"},
+    {"harvesting", "codes", "splicing", "ablation", "pools"},
     {"training", "quality", "features", "labelers", "transfer", "tracing", "comparing", "analyzing", "zoo.training"},
     {
         "executors",
