@@ -27,8 +27,7 @@ from throughline.models import open_model
 from throughline.pipeline.transfer import _metric_options
 from throughline.quality import evaluate
 from throughline.study import GateSpec, ModelSpec, parse_study
-from throughline.tokens import collect_rows
-from throughline.tokens import TokenRows
+from throughline.tokens import TokenRows, collect_rows
 from throughline.transfer import Side
 from throughline.transfer.maps import Affine, FitTokens, LayerMoments, Maps, carry, fit_layers
 from throughline.transfer.reconstruction import MOST_TOKENS, Reconstruction, splice_ce
