@@ -412,6 +412,12 @@ def test_an_answer_that_the_model_does_not_give_is_explained(pythia):
     assert any(f.answer_if_off not in (None, "57") for f in trace.features)  # what it says then is its own
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_named_answer_the_end_that_the_model_chose_is_not_said_to_be_explained(pythia, whole):
+    trace = read(pythia, "What is 15 + 27? 42", answer="1", whole=whole)
+    assert (trace.explains, trace.answer, trace.says, trace.notes) == ("named", "1", "", [])
+
+
 def test_a_rival_is_held_against_the_answer_where_they_part(pythia):
     own = read(pythia, "What is 15 + 27?", rival="47")
     assert (own.explains, own.answer) == ("named", "42")

@@ -4,8 +4,8 @@ What such a model predicts after a token depends on the token's position and on 
 (special tokens, sinks), which follow from the text up to the last of them. So of all pieces of text that begin with the same
 such text, the longest is run, and speaks for all. Where only BOS keeps its stream that is one piece, whatever the vocabulary.
 
-A model whose later blocks see the tokens themselves would be another matter, so one more piece of the commonest beginning is run:
-at the first layer: if its predictions differ, every piece is.
+A model whose later blocks see the tokens themselves would be another matter, so at the first layer one more piece of the commonest
+beginning is run: if its predictions differ, every piece is.
 """
 
 from collections import Counter

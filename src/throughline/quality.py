@@ -91,7 +91,7 @@ def evaluate(
         bins_N, kinds_N = (t.to(x_LND.device) for t in (positions * NUM_POSITION_BINS // width, kinds))
         each = partial(_add_layer, sums, x_LND, bins_N, kinds_N)
         list(spread(each, range(len(layers)), model.device))
-    kept = None
+    again = kept = None  # ablations need the memory now
     splice_measures = _measure_splices(model, dictionaries, means_LD, spliced, splices)
     qualities = []
     for i, layer in enumerate(layers):
@@ -266,7 +266,7 @@ def _splice(
 
     @torch.no_grad()
     def run(batch: TokenRows) -> tuple[list[Scores], list[np.ndarray], Tensor]:
-        """Of one batch the scores, clean and from each layer, which tokens are sinks at each, and activations of the others."""
+        """Of one batch the scores, clean and from each layer, which tokens are sinks at each, and the kept activations."""
         clean = run_clean(model, batch, list(dictionaries))
         streams = [run_spliced(model, batch, clean, layer, d.reconstruct) for layer, d in dictionaries.items()]
         sinks = [

@@ -38,7 +38,7 @@ def compare_traces(
         prompt=first.prompt,
         models=list(traces),
         expected=first.expected,
-        answers={m: t.reply for m, t in traces.items()},
+        answers={m: t.answer for m, t in traces.items()},
         probabilities={m: t.answer_probability for m, t in traces.items()},
         correct={m: t.correct for m, t in traces.items()},
         standings={m: judge_prompt(found[m], readings[m], seed) for m in traces},

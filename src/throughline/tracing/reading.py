@@ -122,7 +122,7 @@ def trace_prompt(
         verification=verification,
         steering=steer(inputs, subject, baseline, options.settings) if options.settings else None,
         forced=inputs.forced,
-        notes=_notes(said, says, expected if correct is False else None, explains if options.whole else None),
+        notes=_notes(said, says, expected if correct is False else None, explains, options.whole),
     )
 
 
@@ -245,12 +245,12 @@ def _targets(subject: Subject, scores: list[float]) -> list[Target]:
     return [Target(position=p, text=decode([t]), against=decode([o]), probability=q, score=s) for p, t, o, q, s in each]
 
 
-def _notes(said: Answer, says: str, missed: str | None, explains: str | None) -> list[str]:
-    """`missed` is the right answer, if the model does not give it; `explains` None if no answer was looked for."""
+def _notes(said: Answer, says: str, missed: str | None, explains: str, whole: bool) -> list[str]:
+    """`missed` is the right answer, if the model does not give it; `whole` says whether all of an answer was wanted."""
     notes = []
     if missed is not None:
         notes.append(f"the model's answer is wrong: {says!r}, right is {missed!r}")
-    if not said.complete and explains == "next token":
+    if whole and not said.complete and explains == "next token":
         notes.append(
             f"the model had not ended its answer after {len(said.answer_ids)} tokens, so the next token is explained"
         )
