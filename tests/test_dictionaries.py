@@ -1,6 +1,7 @@
 """Dictionaries: stacked losses equal dense ones, folding changes nothing, and a damaged folder is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -305,3 +306,18 @@ def test_every_architecture(name, tmp_path, probe_ND):
         again = load_dictionary(tmp_path / str(layer))
         torch.testing.assert_close(again.encode(x_LND[i]), f_NF)
         assert again.options == one.options
+
+
+@pytest.mark.parametrize("k", [4, 200])  # few of 256, and not
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-6)]
+)
+@pytest.mark.parametrize("takes_gradient", [False, True])
+def test_a_reconstruction_is_what_all_features_decode_to(k, dtype, tolerance, takes_gradient):
+    one = random_dictionary(16, 256)
+    weights = {name: getattr(one, name).to(dtype) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    one = replace(one, **weights, architecture="topk", options={"k": k})
+    x_ND = torch.randn(9, 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_(takes_gradient)
+    x_hat_ND = one.reconstruct(x_ND)
+    assert torch.allclose(x_hat_ND, one.decode(one.encode(x_ND)), atol=tolerance, rtol=0)
+    assert x_hat_ND.requires_grad == takes_gradient and x_hat_ND.dtype == dtype

@@ -85,8 +85,13 @@ class Dictionary:
         return torch.addmm(self.b_dec, f_NF, self.W_dec)
 
     def decode_few(self, f_NF: Float[Tensor, "N {self.d_sae}"]) -> Float[Tensor, "N {self.d_model}"]:
-        """`decode`, whose sum is over the active features alone where an architecture keeps a few of many (on a CPU)."""
-        if f_NF.device.type != "cpu" or self.options.get("k", self.d_sae) * FEW > self.d_sae or not len(f_NF):
+        """`decode`, whose sum is over the active features alone where an architecture keeps a few of many.
+
+        Compiled loops do it, on a CPU, for float32 and float64 that take no gradient.
+        """
+        is_few = len(f_NF) and self.options.get("k", self.d_sae) * FEW <= self.d_sae
+        is_plain = f_NF.device.type == "cpu" and f_NF.dtype in (torch.float32, torch.float64) and not f_NF.requires_grad
+        if not (is_few and is_plain):
             return self.decode(f_NF)
         from throughline.dictionaries.kernels import compress  # numba takes half a second to import
 
