@@ -11,6 +11,7 @@ from torch import Tensor
 
 from throughline.models import LanguageModel
 from throughline.models.language_model import quiet_transformers
+from throughline.pools import threads_of
 from throughline.tokens import TokenRows
 
 Harvested = tuple[TokenRows, Float[Tensor, "L N D"]]
@@ -105,7 +106,7 @@ class TextSource:
                 taken.append(num_tokens)
                 yield rows
 
-        threads = torch.get_num_threads() if self._model.device.type == "cpu" else 1
+        threads = threads_of(self._model.device)
         for _, x_LND in harvest(self._model, wanted(), self._layers, threads, dtype=None):
             yield x_LND[:, : taken.popleft()]
 

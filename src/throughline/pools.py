@@ -10,11 +10,15 @@ W = TypeVar("W")
 R = TypeVar("R")
 
 
+def threads_of(device: torch.device) -> int:
+    """How many threads work beside one another: torch's on a CPU; a GPU is kept busy by one."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 def spread(work: Callable[[W], R], items: Iterable[W], device: torch.device) -> Iterator[R]:
     """What `work` gives for each item, in order.
 
     On a CPU each of torch's threads works on an item alone, which small matrices gain more from than from splitting every product.
     """
-    num_threads = torch.get_num_threads() if device.type == "cpu" else 1
-    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads_of(device), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(work, items)

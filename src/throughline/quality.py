@@ -30,7 +30,7 @@ from throughline.dictionaries import Dictionary
 from throughline.harvesting import Harvested, harvest
 from throughline.models import LanguageModel
 from throughline.models.language_model import quiet_transformers
-from throughline.pools import spread
+from throughline.pools import spread, threads_of
 from throughline.records import TOKEN_KINDS, LayerQuality
 from throughline.splicing import Scores, batch_rows, predicted_tokens, run_clean, run_spliced, score_streams
 from throughline.study import GateSpec
@@ -156,8 +156,8 @@ class _Means:
 
 
 def _harvest(model: LanguageModel, rows: TokenRows, layers: list[int]) -> Iterator[Harvested]:
-    threads = torch.get_num_threads() if model.device.type == "cpu" else 1
-    return harvest(model, rows.batches(batch_rows(model, rows.width, len(layers))), layers, threads)
+    batches = rows.batches(batch_rows(model, rows.width, len(layers)))
+    return harvest(model, batches, layers, threads_of(model.device))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from throughline.planning.devices import START_SECONDS
+from throughline.pools import threads_of
 from throughline.records import PlannedDevice
 from throughline.training.memory import free_bytes
 from throughline.training.precision import trains_in_bfloat16
@@ -42,7 +43,7 @@ def calibrate(name: str, precision: str) -> PlannedDevice:
         measured=True,
         on_cpu=device.type == "cpu",
         bfloat16=bfloat16,
-        threads=torch.get_num_threads() if device.type == "cpu" else 1,
+        threads=threads_of(device),
     )
 
 
