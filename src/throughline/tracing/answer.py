@@ -74,7 +74,7 @@ def find_answer(model: LanguageModel, prompt_ids: list[int], most_tokens: int) -
 
 
 def next_token(model: LanguageModel, said: Answer) -> Answer:
-    """Of what the model says the first token that is more than white space, and what is before it."""
+    """What the model says up to its first token that is not white space."""
     for num in range(1, len(said.answer_ids)):
         if spell(model, said.prompt_ids, said.answer_ids[:num]).strip():
             contested = _contest(model, said.prompt_ids, said.answer_ids[:num], is_short=False)
@@ -85,7 +85,7 @@ def next_token(model: LanguageModel, said: Answer) -> Answer:
 def name_answer(model: LanguageModel, prompt: str, said: Answer, named: str | None, rival: str | None) -> Answer:
     """The answer `named` in place of what the model says (None: that), held against `rival`, if one is named, where they part.
 
-    A name without white space in front gets what the model itself begins with. InputError if a name has no tokens, does not fit
+    If a name has no leading white space, the model's own is put in front. InputError if a name has no tokens, does not fit
     the context, or does not part from the other.
     """
     says = spell(model, said.prompt_ids, said.answer_ids)
