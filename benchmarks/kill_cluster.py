@@ -45,6 +45,7 @@ STUDY: dict[str, Any] = {
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
 LONGEST_SECONDS = 900.0
+MID_JOB = 0.8  # the share of its steps before which a job is killed
 
 
 class Nodes:
@@ -127,9 +128,9 @@ class Training:
         return self.log.read_text() if self.log.exists() else ""
 
     def jobs(self) -> list[JobState]:
-        """Jobs that run now and have a checkpoint to go on from."""
+        """Jobs that run now, have a checkpoint to go on from, and enough to do that they do not end while they are killed."""
         states = self.run.jobs() if self.run.root.exists() else []
-        return [s for s in states if self._checkpoint(s).exists() and 0 < s.step < s.num_steps]
+        return [s for s in states if self._checkpoint(s).exists() and 0 < s.step < MID_JOB * s.num_steps]
 
     def note_checkpoints(self) -> None:
         """Remember, before something is killed, from which step each block must go on at least."""
@@ -206,6 +207,7 @@ def kill_node(training: Training, cluster: Nodes) -> list[str]:
     driver = training.start()
     job = training.wait_for_a_job(driver)
     assert job, training.said
+    os.kill(job.pid, signal.SIGSTOP)  # taking a node away takes seconds, in which the job could end
     training.note_checkpoints()
     cluster.remove(job.pid)
     time.sleep(5)

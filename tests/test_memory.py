@@ -14,13 +14,14 @@ from throughline import jobs
 from throughline.dictionaries import Dictionary, load_dictionary
 from throughline.dictionaries.stack import Stack, StepLoss
 from throughline.errors import TrainingError
+from throughline.jobs import Job, train_job
 from throughline.models import LanguageModel
 from throughline.pipeline import train_models
 from throughline.registry import ARCHITECTURES
 from throughline.run_dir import RunDir
 from throughline.session import Session
 from throughline.study import DictionarySpec, TrainingSpec, parse_study
-from throughline.training import chunks, engine, memory, train
+from throughline.training import Progress, chunks, engine, memory, train
 from throughline.training.caching import CachedSource
 from throughline.training.checkpoints import Checkpoints
 from throughline.training.memory import free_bytes, measure_layer, split_blocks
@@ -229,6 +230,22 @@ def test_stopped_between_chunks_and_resumed_with_kept_activations(trained, monke
     found = {layer: load_dictionary(run.layer_folder("zoo/pythia", layer)) for layer in expected}
     assert identical(found, expected)
     assert not folder.exists() and run.jobs() == []
+
+
+def test_a_job_whose_worker_was_lost_trains_only_what_is_not_done_yet(trained):
+    """A worker may be lost after its last block was saved, or between two blocks."""
+    expected, _, run = trained()
+    first = min(expected)
+    run.forget(f"train/zoo/pythia/{first}")
+    session, job = Session(run, "cpu"), Job("zoo/pythia", sorted(expected))
+    reports: list[Progress] = []
+    train_job(session, job, reports.append, attempt=2)
+    assert {tuple(report.layers) for report in reports} == {(first,)}
+    found = {layer: load_dictionary(run.layer_folder("zoo/pythia", layer)) for layer in expected}
+    assert identical(found, expected)
+    reports.clear()
+    train_job(session, job, reports.append, attempt=3)
+    assert not reports
 
 
 # ---- micro-batches

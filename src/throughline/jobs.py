@@ -21,7 +21,7 @@ from throughline.errors import InputError, TrainingError
 from throughline.harvesting import TextSource, tokens_of_a_pass
 from throughline.journals import Journal, open_journals
 from throughline.models.bos import adds_bos, bos_token
-from throughline.pipeline.steps import train_steps
+from throughline.pipeline.steps import is_done, train_steps
 from throughline.progress import JobNotes
 from throughline.records import span
 from throughline.registry import ARCHITECTURES
@@ -61,9 +61,13 @@ class Job(NamedTuple):
 def train_job(session: Session, job: Job, report: Report, attempt: int = 1, ranks: Ranks = ALONE) -> None:
     """A job's dictionaries and their twins, saved in the run, block by block if they do not fit into memory together.
 
-    Of several `ranks`, which all do the same job, the first alone writes.
+    Layers that an earlier attempt finished before its worker was lost are kept. Of several `ranks`, which all do the same job, the
+    first alone writes.
     """
-    study, spec, layers = session.study, session.study.model(job.model), job.layers
+    study, spec = session.study, session.study.model(job.model)
+    layers = ranks.gather_objects(_unfinished(session, spec, job.layers))[0]
+    if not layers:
+        return
     num_tokens = _tokens_of_an_epoch(session, spec.name)
     if not num_tokens:
         raise InputError(f"{study.data.path} gave no tokens to train on")
@@ -88,6 +92,12 @@ def train_job(session: Session, job: Job, report: Report, attempt: int = 1, rank
             _help(session, spec, block, training, ranks)
     if failures:
         raise TrainingError("; ".join(failures))
+
+
+def _unfinished(session: Session, spec: ModelSpec, layers: Sequence[int]) -> list[int]:
+    """Those of a job's layers whose dictionaries are not in the run yet."""
+    steps = train_steps(session, spec)
+    return [layer for layer in layers if not is_done(session, steps[layer])]
 
 
 def _train_block(
