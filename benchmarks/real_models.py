@@ -39,7 +39,7 @@ from throughline.training.sources import ArraySource
 PAGE = Path(__file__).parents[1] / "docs" / "real-models.md"
 CONTEXT = 128
 SPLICED_ROWS = 16
-STARTS = {"whitened": stacks.whiten, "data": normalize}  # what first directions are made of
+STARTS = {"whitened": stacks.whiten, "data": lambda rows_AD, _: normalize(rows_AD)}  # what first directions are made of
 
 
 def main() -> None:

@@ -1,18 +1,30 @@
 """Attention sinks: the limit of a layer, and training, codes and files that leave out what lies beyond it."""
 
 import math
+import shutil
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import throughline
 from builders import random_dictionary
+from throughline.dictionaries import load_dictionary
 from throughline.dictionaries.formats import read_foreign, write_foreign
 from throughline.errors import DamagedFileError
+from throughline.harvesting import harvest
+from throughline.pipeline import evaluate_models, train_models
+from throughline.run_dir import RunDir
+from throughline.session import Session
 from throughline.sinks import BEYOND_ALL, find_sink_norm
-from throughline.study import DictionarySpec
+from throughline.study import DictionarySpec, parse_study
+from throughline.text import read_documents
+from throughline.tokens import stream_rows
+from throughline.zoo import resolve_path
 
 D, N = 12, 4000
 SETTINGS = {"batch_tokens": 100, "lr": 0.01, "checkpoint_minutes": 0}
@@ -107,6 +119,58 @@ def test_training_is_as_good_as_without_them(architecture):
     f_NF = kept["layer_00"].encode(x_ND)
     spoilt = float((x_ND - kept["layer_00"].decode(f_NF)).square().sum() / (x_ND - x_ND.mean(0)).square().sum())
     assert spoilt > 1.5 * fvu["with"]  # or else leaving them out is for nothing
+
+
+def test_a_model_with_a_sink_has_the_dictionaries_of_the_same_model_without(tmp_path):
+    """LayerNorm takes the mean of the coordinates away: a constant added to all coordinates of the first position makes it a sink,
+    300 times as long, and changes nothing that the model computes.
+    """
+    original = Path(resolve_path("zoo/gpt2"))
+    weights = {name: tensor.float() for name, tensor in load_file(original / "model.safetensors").items()}
+    first_D = weights["transformer.wpe.weight"][0]
+    runs = {}
+    for name, added in {"plain": 0.0, "sink": 300 * float(first_D.norm()) / len(first_D) ** 0.5}.items():
+        shutil.copytree(original, tmp_path / name)
+        first_D += added
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        study = parse_study(
+            {
+                "name": name,
+                "models": [{"path": str(tmp_path / name), "name": name, "layers": [1, 3]}],
+                "data": {"path": "zoo/arithmetic", "context": 64},
+                "dictionary": {"expansion": 2, "k": 8},
+                "training": {"tokens": 100_000, "batch_tokens": 256, "seed": 1},
+                "evaluation": {"tokens": 20_000, "spliced_tokens": 10_000},
+            }
+        )
+        runs[name] = Session(RunDir.create(tmp_path / f"run_{name}", study), "cpu")
+        train_models(runs[name], lambda progress: None)
+        evaluate_models(runs[name])
+    found = {name: session.run.quality(name) for name, session in runs.items()}
+    fvu = {name: fvu_after_the_first_position(session, name) for name, session in runs.items()}
+    for plain, sink in zip(found["plain"], found["sink"], strict=True):
+        assert plain.num_sinks == 0 and sink.num_sinks > 1000
+        assert sink.num_tokens + sink.num_sinks == plain.num_tokens
+        assert sink.fvu_with_sinks is not None and sink.fvu_with_sinks > 10 * sink.fvu
+        assert sink.num_answers == plain.num_answers > 50
+        assert sink.answers_kept == pytest.approx(plain.answers_kept, abs=0.05)
+        assert sink.ce_loss_score == pytest.approx(plain.ce_loss_score, abs=0.05)
+        assert sink.dead == pytest.approx(plain.dead, abs=0.05)
+        assert sink.passed and not sink.setbacks
+    for layer in (1, 3):
+        assert fvu["sink"][layer] < 1.05 * fvu["plain"][layer]  # the same tokens; plain was trained on the first ones as well
+
+
+def fvu_after_the_first_position(session: Session, name: str) -> dict[int, float]:
+    model, layers, data = session.model(name), [1, 3], session.study.data
+    rows = list(islice(stream_rows(read_documents(data, "heldout"), model.tokenizer, data.context, 16), 20))
+    x_LND = torch.cat([x_LND for _, x_LND in harvest(model, rows, layers)], 1)
+    ordinary_N = torch.cat([torch.from_numpy(part.positions[part.keep]) for part in rows]) > 0
+    missed = {}
+    for layer, x_ND in zip(layers, x_LND[:, ordinary_N], strict=True):
+        one = load_dictionary(session.run.layer_folder(name, layer))
+        missed[layer] = float((x_ND - one.reconstruct(x_ND)).square().sum() / (x_ND - x_ND.mean(0)).square().sum())
+    return missed
 
 
 def test_a_training_that_goes_on_has_the_same_limit(tmp_path):

@@ -129,7 +129,7 @@ class Stack:
         for x_ND, generator in zip(samples_LND, generators, strict=True):
             N, D = x_ND.shape
             order = torch.cat([torch.randperm(N, generator=generator) for _ in range(-(-d_sae // N))])[:d_sae]
-            row_FD = normalize(whiten(x_ND)[order.to(x_ND.device)], dim=1)
+            row_FD = normalize(whiten(x_ND, x_ND)[order.to(x_ND.device)], dim=1)
             noise_FD = torch.randn(d_sae, D, generator=generator).to(x_ND)
             rows.append(normalize(row_FD + START_NOISE * normalize(noise_FD, dim=1), dim=1))
         W_dec_LFD = torch.stack(rows)
@@ -223,12 +223,12 @@ class Stack:
         )
 
 
-def whiten(x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-    """Centred activations x times (C + WHITENING * mean eigenvalue of C)^(-1/2), C their covariance: no direction dominates."""
-    x = x_ND.to("cpu" if x_ND.device.type == "mps" else x_ND.device, torch.float64)
+def whiten(rows_AD: Float[Tensor, "A D"], x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "A D"]:
+    """Rows times (C + WHITENING * mean eigenvalue of C)^(-1/2), C the covariance of centred x: no direction dominates."""
+    rows, x = (t.to("cpu" if t.device.type == "mps" else t.device, torch.float64) for t in (rows_AD, x_ND))
     values_D, vectors_DD = torch.linalg.eigh(x.T @ x / len(x))
     scale_D = (values_D.clamp_min(0) + WHITENING * values_D.mean().clamp_min(1e-30)).rsqrt()
-    return ((x @ vectors_DD * scale_D) @ vectors_DD.T).to(x_ND)
+    return ((rows @ vectors_DD * scale_D) @ vectors_DD.T).to(rows_AD)
 
 
 def count_fired(features_LNK: Int[Tensor, "L N K"], active_LNK: Bool[Tensor, "L N K"], d_sae: int) -> Tensor:

@@ -1,10 +1,13 @@
 """Give dead features new directions: those of tokens that are badly reconstructed (Bricken et al. 2023, "Neuron Resampling").
 
     1. tokens are drawn with probability proportional to |x - x_hat|^4
-    2. decoder row = (x - x_hat) of the token, unit; encoder row the same, as long as living ones are in the mean
-    3. with a sparsity penalty, the bias lets the feature fire where the projection is more than half the token's, so that L0
+    2. decoder row = (x - x_hat) of the token, unit
+    3. encoder row = the same direction whitened by the batch, so that it does not see what all tokens have in common, and so long
+       that its projections are seven tenths of those of living rows. Rows of the error itself, as long as the living ones, let FVU
+       leap above 1 in half of the runs on the zoo's gpt2 and left five times as many features dead (docs/quality.md)
+    4. with a sparsity penalty, the bias lets the feature fire where the projection is more than half the token's, so that L0
        does not leap; where k is chosen the bias is 0
-    4. what the optimizer remembers of these rows is forgotten; an architecture's own weights start anew
+    5. what the optimizer remembers of these rows is forgotten; an architecture's own weights start anew
 
 Generators are made from seed, layer, twin and step, so that there is no state.
 """
@@ -12,7 +15,9 @@ Generators are made from seed, layer, twin and step, so that there is no state.
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from throughline.dictionaries.stack import whiten
 from throughline.training.group import Course, Group, seed_of
 
 FROM_SHARE = 0.1  # of the run
@@ -21,6 +26,7 @@ EVERY_SHARE = 0.05  # of the run
 # A short run needs its second half for new directions to settle: with 4 steps between and no such limit 117 steps on the zoo's gpt2
 # ended at FVU 0.22 and 0.43, with these at 0.017 and 0.044.
 FEWEST_STEPS, UNTIL_SHARE_OF_SHORT = 24, 0.5
+LOUDNESS = 0.7  # root mean square of a new encoder row's projections, beside the median of the living ones'
 LARGEST_SHARE = 0.25  # of a batch's tokens: no more features get a new direction at once
 
 
@@ -52,17 +58,22 @@ def resample_(
             continue
         generator = torch.Generator().manual_seed(seed_of(course.seed, layer, group.twin) * 1_000_003 + step)
         tokens = torch.multinomial(weight_N.cpu(), len(dead), generator=generator).to(error_ND.device)
-        _point_(group, index, dead, torch.nn.functional.normalize(error_ND[tokens]), x_LND[index, tokens], ~dead_F)
+        _point_(group, index, dead, normalize(error_ND[tokens]), tokens, x_LND[index], ~dead_F)
         group.idle_tokens_LF[index, dead] = 0
 
 
-def _point_(group: Group, index: int, dead: Tensor, rows_AD: Tensor, x_AD: Tensor, alive_F: Tensor) -> None:
-    """Features `dead` of one layer look along `rows_AD`, as far as the living ones do."""
+def _point_(
+    group: Group, index: int, dead: Tensor, rows_AD: Tensor, tokens: Tensor, x_ND: Tensor, alive_F: Tensor
+) -> None:
+    """Features `dead` of one layer look along `rows_AD`, the errors of `tokens`."""
     stack = group.stack
-    length = stack.W_enc_LFD[index, alive_F].norm(dim=1).mean() if alive_F.any() else torch.ones(())
+    encoder_AD = normalize(whiten(rows_AD, x_ND))
+    if alive_F.any():
+        living = _loudness(stack.W_enc_LFD[index, alive_F], x_ND).median()
+        encoder_AD *= (LOUDNESS * living / _loudness(encoder_AD, x_ND).clamp_min(1e-12))[:, None]
     stack.W_dec_LFD[index, dead] = rows_AD
-    stack.W_enc_LFD[index, dead] = length * rows_AD
-    projection_A = length * (x_AD * rows_AD).sum(1)
+    stack.W_enc_LFD[index, dead] = encoder_AD
+    projection_A = (x_ND[tokens] * encoder_AD).sum(1)
     stack.b_enc_LF[index, dead] = -0.5 * projection_A.clamp_min(0) if group.k is None else 0.0
     _, F, D = stack.W_dec_LFD.shape
     fresh = group.architecture.extra((1, F, D))
@@ -73,3 +84,8 @@ def _point_(group: Group, index: int, dead: Tensor, rows_AD: Tensor, x_AD: Tenso
         if name != "b_dec":
             for moment in moments:
                 moment[index, dead] = 0
+
+
+def _loudness(rows_AD: Tensor, x_ND: Tensor) -> Tensor:
+    """Root mean square of the projections of a batch on each row."""
+    return (x_ND @ rows_AD.T).square().mean(0).sqrt()
