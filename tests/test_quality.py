@@ -1,6 +1,7 @@
 """Quality: every measure against plain loops on a tiny model, and dictionaries whose quality is known beforehand."""
 
 import copy
+import re
 from collections import defaultdict
 from dataclasses import replace
 
@@ -328,6 +329,24 @@ def test_gate_holds_at_its_bounds():
         assert (
             len(failed_conditions(at_bounds | {name: float("nan")}, one, GateSpec())) == 1
         )  # nothing passes by being NaN
+
+
+def test_how_far_it_is_is_said(model, rows, monkeypatch):
+    said: list[str] = []
+    one = close_dictionary(model, rows, 1, 6)
+    evaluate(model, {0: one, 1: one}, rows, nothing(rows), OPEN_GATE, said.append)
+    assert not said  # that was quick
+    monkeypatch.setattr(quality_module, "SAY_SECONDS", 0.0)
+    evaluate(model, {0: one, 1: one}, rows, nothing(rows), OPEN_GATE, said.append)
+    for doing in ("dictionaries spliced in on", "ablated"):
+        told = [
+            [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", line.partition(doing)[2])]
+            for line in said
+            if doing in line
+        ]
+        dones, totals = zip(*told, strict=True)
+        assert sorted(dones) == list(dones) and dones[-1] == totals[-1] > 0 and len(set(totals)) == 1
+    assert said[0].startswith(f"{model.name}: dictionaries spliced in on ") and said[-1].endswith(" tokens")
 
 
 def test_text_without_answers_has_none(model, rows):

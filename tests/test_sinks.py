@@ -158,7 +158,9 @@ def test_a_model_with_a_sink_has_the_dictionaries_of_the_same_model_without(tmp_
         assert sink.dead == pytest.approx(plain.dead, abs=0.05)
         assert sink.passed and not sink.setbacks
     for layer in (1, 3):
-        assert fvu["sink"][layer] < 1.05 * fvu["plain"][layer]  # the same tokens; plain was trained on the first ones as well
+        assert (
+            fvu["sink"][layer] < 1.05 * fvu["plain"][layer]
+        )  # the same tokens; plain was trained on the first ones as well
 
 
 def fvu_after_the_first_position(session: Session, name: str) -> dict[int, float]:

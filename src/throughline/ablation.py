@@ -9,7 +9,7 @@ beginning is run: if its predictions differ, every piece is.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,10 +44,12 @@ def ablated_ce(
     rows: TokenRows,
     kept: Mapping[int, Bool[np.ndarray, "R T"]],
     values: Mapping[int, Sequence[Float[Tensor, "D"]]],
+    tick: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[int, list[float]]:
     """For each layer the sums of CE over the predicted tokens, nats, with the stream after it set to each of its `values`.
 
-    `kept` says which tokens keep their stream at a layer.
+    `kept` says which tokens keep their stream at a layer. `tick` hears how many tokens of how many are
+    done, all layers together.
     """
     sums = {layer: [0.0] * len(values[layer]) for layer in kept}
     pieces = {layer: list(_pieces(rows, kept_RT)) for layer, kept_RT in kept.items()}
@@ -61,10 +63,14 @@ def ablated_ce(
     for layer, begins in beginnings.items():
         runs = _find_runs(pieces[layer], begins) if is_constant else range(len(begins))
         together.setdefault(tuple(runs), []).append(layer)
+    done, total = 0, 0
     for runs, layers in together.items():
-        sums |= _sum_ce(
-            model, {layer: pieces[layer] for layer in layers}, runs, {layer: values[layer] for layer in layers}
-        )
+        total += len(layers) * sum(len(pieces[layers[0]][run].ids_T) for run in set(runs))
+    for runs, layers in together.items():
+        texts, replaced = {layer: pieces[layer] for layer in layers}, {layer: values[layer] for layer in layers}
+        for num_tokens in _sum_ce_(sums, model, texts, replaced, runs):
+            done += len(layers) * num_tokens
+            tick(done, total)
     return sums
 
 
@@ -127,19 +133,19 @@ def _lay_out(pieces: list[_Piece]) -> TokenRows:
     return rows
 
 
-def _sum_ce(
+def _sum_ce_(
+    sums: dict[int, list[float]],
     model: LanguageModel,
     pieces: Mapping[int, list[_Piece]],
-    runs: Sequence[int],
     values: Mapping[int, Sequence[Tensor]],
-) -> dict[int, list[float]]:
-    """`runs[i]` is the piece whose run speaks for piece i, at each of these layers."""
+    runs: Sequence[int],
+) -> Iterator[int]:
+    """Add to the sums of each of these layers; yields how many tokens were run. The run of piece `runs[i]` speaks for piece i."""
     texts = next(iter(pieces.values()))
     targets: dict[int, list[np.ndarray]] = {}
     for piece, run in zip(texts, runs, strict=True):
         targets.setdefault(run, []).append(piece.ids_T[1:])
     order = sorted(targets, key=lambda i: len(texts[i].ids_T))
-    sums = {layer: [0.0] * len(of_layer) for layer, of_layer in values.items()}
     num_rows = batch_rows(model, len(texts[order[-1]].ids_T), 2 * len(pieces) + 2)
     for start in range(0, len(order), num_rows):
         batch = order[start : start + num_rows]
@@ -153,7 +159,7 @@ def _sum_ce(
                 log_p_PV = log_softmax(model.unembed(x_PD[part]), dim=-1)
                 each = (row_V[ids].double().sum() for row_V, ids in zip(log_p_PV, wanted[part], strict=True))
                 sums[layer][v] -= float(sum(each))
-    return sums
+        yield sum(len(texts[run].ids_T) for run in batch)
 
 
 def _targets_at(targets: list[np.ndarray], position: int) -> Tensor:

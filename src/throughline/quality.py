@@ -14,6 +14,7 @@ Names follow SAEBench core; `explained_variance_legacy` is its per-token form.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -39,6 +40,7 @@ from throughline.tokens import TokenRows
 KEPT_BYTES = 2**30  # of activations of held-out text
 NUM_POSITION_BINS = 8
 DENSE = 0.1
+SAY_SECONDS = 30.0
 
 
 class _Spliced:
@@ -66,8 +68,12 @@ def evaluate(
     spliced: TokenRows,
     rest: TokenRows,
     gate: GateSpec,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[LayerQuality]:
-    """Quality of each layer's dictionary: spliced into the model on `spliced`, reconstruction on these rows and the `rest`."""
+    """Quality of each layer's dictionary: spliced into the model on `spliced`, reconstruction on these rows and the `rest`.
+
+    `say` hears every half minute how far it is.
+    """
     layers = list(dictionaries)
     kept: list[Harvested] | None = []
     if 4 * (spliced.num_tokens + rest.num_tokens) * model.d_model * len(layers) > KEPT_BYTES:
@@ -79,7 +85,8 @@ def evaluate(
         if kept is not None:
             kept.append(one)
 
-    splices = _splice(model, dictionaries, spliced, take)
+    told = _Told(say, model.name)
+    splices = _splice(model, dictionaries, spliced, take, told)
     for one in _harvest(model, rest, layers):
         take(one)
     means_LD = means.result()
@@ -92,7 +99,7 @@ def evaluate(
         each = partial(_add_layer, sums, x_LND, bins_N, kinds_N)
         list(spread(each, range(len(layers)), model.device))
     again = kept = None  # ablations need the memory now
-    splice_measures = _measure_splices(model, dictionaries, means_LD, spliced, splices)
+    splice_measures = _measure_splices(model, dictionaries, means_LD, spliced, splices, told)
     qualities = []
     for i, layer in enumerate(layers):
         fields = sums[i].result() | splice_measures[layer]
@@ -109,6 +116,19 @@ def evaluate(
             )
         )
     return qualities
+
+
+class _Told:
+    """Says how far an evaluation is, no more than every SAY_SECONDS."""
+
+    def __init__(self, say: Callable[[str], None], name: str) -> None:
+        self._say, self._name, self._last = say, name, time.monotonic()
+
+    def tick(self, doing: str, done: int, of: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= SAY_SECONDS:
+            self._say(f"{self._name}: {doing} {done:,} of {of:,} tokens")
+            self._last = now
 
 
 def failed_conditions(measures: dict, dictionary: Dictionary, gate: GateSpec) -> list[str]:
@@ -257,7 +277,11 @@ class _Splices(NamedTuple):
 
 
 def _splice(
-    model: LanguageModel, dictionaries: dict[int, Dictionary], rows: TokenRows, take: Callable[[Harvested], None]
+    model: LanguageModel,
+    dictionaries: dict[int, Dictionary],
+    rows: TokenRows,
+    take: Callable[[Harvested], None],
+    told: _Told,
 ) -> _Splices:
     """Run every batch clean, and on from each layer with x_hat in its place. `take` is given the activations of the clean pass."""
     num_rows = batch_rows(model, rows.width, 2 * len(dictionaries) + 2)
@@ -288,15 +312,21 @@ def _splice(
                 sums.add(of_one, batches[i])
             for kept_RT, sink_BT in zip(splices.kept_LRT, sinks, strict=True):
                 kept_RT[i * num_rows :][: len(sink_BT), : sink_BT.shape[1]] |= sink_BT
+            told.tick("dictionaries spliced in on", splices.clean.num_tokens, int(predicted_tokens(rows).sum()))
     return splices
 
 
 def _measure_splices(
-    model: LanguageModel, dictionaries: dict[int, Dictionary], means_LD: Tensor, rows: TokenRows, splices: _Splices
+    model: LanguageModel,
+    dictionaries: dict[int, Dictionary],
+    means_LD: Tensor,
+    rows: TokenRows,
+    splices: _Splices,
+    told: _Told,
 ) -> dict[int, dict]:
     kept = dict(zip(dictionaries, splices.kept_LRT, strict=True))
     values = {layer: [torch.zeros_like(mean_D), mean_D] for layer, mean_D in zip(dictionaries, means_LD, strict=True)}
-    ablated = ablated_ce(model, rows, kept, values)
+    ablated = ablated_ce(model, rows, kept, values, partial(told.tick, "ablated"))
     return {layer: _splice_measures(splices.clean, splices.with_sae[layer], *ablated[layer]) for layer in dictionaries}
 
 

@@ -34,5 +34,6 @@ def evaluate_model(session: Session, spec: ModelSpec) -> None:
             session.rows(spec.name, first),
             session.rows(spec.name, session.heldout[len(first) :]),
             study.gate,
+            session.say,
         )
         files += [run.write_quality(quality) for quality in qualities]
