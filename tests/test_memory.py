@@ -1,6 +1,7 @@
 """Memory: what training needs, blocks of layers that fit, micro-batches when it runs out; and activations kept on disk."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,6 +247,26 @@ def test_a_job_whose_worker_was_lost_trains_only_what_is_not_done_yet(trained):
     reports.clear()
     train_job(session, job, reports.append, attempt=3)
     assert not reports
+
+
+@pytest.mark.parametrize(("num_bytes", "is_cheaper"), [(1e9, True), (3e9, False)])
+def test_activations_computed_beside_one_another_are_timed_together(monkeypatch, tmp_path, num_bytes, is_cheaper):
+    """Two threads make a batch of 100 tokens each in a second: 10 s for an epoch of 2,000; a disk reads 0.5 GB a second."""
+    clock = 0.0
+
+    class Text:
+        def batches(self):
+            nonlocal clock
+            for i in range(20):
+                clock += i % 2 == 0
+                yield torch.zeros(1, 100, 4)
+
+    monkeypatch.setattr(jobs, "threads_of", lambda device: 2)
+    monkeypatch.setattr(jobs.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(jobs.shutil, "disk_usage", lambda place: SimpleNamespace(free=1e12))
+    session = Session(RunDir.create(tmp_path / "run", parse_study(STUDY)), "cpu")
+    training = TrainingSpec(tokens=2000, epochs=2, batch_tokens=100)
+    assert jobs._cache_is_cheaper(session, Text(), int(num_bytes), training) == is_cheaper  # type: ignore[arg-type]
 
 
 # ---- micro-batches

@@ -1,6 +1,7 @@
 """Quality: every measure against plain loops on a tiny model, and dictionaries whose quality is known beforehand."""
 
 import copy
+import math
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -280,8 +281,11 @@ def test_one_piece_is_run_for_all_that_begin_alike(model, rows, monkeypatch):
     )  # 2: the comparison
 
 
-def test_blocks_that_see_the_tokens_are_noticed(model, rows, pieces, monkeypatch):
-    """A later block that adds something of the token itself: what one text predicts then speaks for no other."""
+@pytest.mark.parametrize("copies", [0, 3])
+def test_blocks_that_see_the_tokens_are_noticed(model, pieces, copies, monkeypatch):
+    """A later block that adds something of the token itself: what one text predicts then speaks for no other but its copies."""
+    pieces = pieces + [max(pieces, key=lambda piece: len(piece.ids))] * copies
+    rows = TokenRows.concatenate(list(pack(pieces, CONTEXT, 3)))
     model, seen = LanguageModel("tiny", copy.deepcopy(model.hf), model.tokenizer), {}
     model.hf.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.update(x=out))
     model.structure.blocks[-1].register_forward_pre_hook(lambda module, args: (args[0] + 3 * seen["x"], *args[1:]))
@@ -334,11 +338,12 @@ def test_gate_holds_at_its_bounds():
 def test_how_far_it_is_is_said(model, rows, monkeypatch):
     said: list[str] = []
     one = close_dictionary(model, rows, 1, 6)
+    monkeypatch.setattr(quality_module, "SAY_SECONDS", math.inf)
     evaluate(model, {0: one, 1: one}, rows, nothing(rows), OPEN_GATE, said.append)
-    assert not said  # that was quick
+    assert not said
     monkeypatch.setattr(quality_module, "SAY_SECONDS", 0.0)
     evaluate(model, {0: one, 1: one}, rows, nothing(rows), OPEN_GATE, said.append)
-    for doing in ("dictionaries spliced in on", "ablated"):
+    for doing in ("dictionaries spliced in on", "ablation, all layers together:"):
         told = [
             [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", line.partition(doing)[2])]
             for line in said

@@ -4,11 +4,10 @@ What such a model predicts after a token depends on the token's position and on 
 (special tokens, sinks), which follow from the text up to the last of them. So of all pieces of text that begin with the same
 such text, the longest is run, and speaks for all. Where only BOS keeps its stream that is one piece, whatever the vocabulary.
 
-A model whose later blocks see the tokens themselves would be another matter, so at the first layer one more piece of the commonest
-beginning is run: if its predictions differ, every piece is.
+A model whose later blocks see the tokens themselves would be another matter, so at the first layer two different pieces of one
+beginning are run: if their predictions differ, every piece is.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -75,10 +74,17 @@ def ablated_ce(
 
 
 def _find_pair(pieces: list[_Piece], beginnings: list[tuple[bytes, bytes]]) -> list[_Piece] | None:
-    """Two pieces of the commonest beginning, if two have one."""
-    ((commonest, count),) = Counter(beginnings).most_common(1)
-    alike = [piece for piece, begins in zip(pieces, beginnings, strict=True) if begins == commonest]
-    return sorted(alike, key=lambda piece: len(piece.ids_T))[-2:] if count > 1 else None
+    """Two different pieces of one beginning, of the commonest that has two; None if there are none."""
+    alike: dict[tuple[bytes, bytes], list[_Piece]] = {}
+    for piece, begins in zip(pieces, beginnings, strict=True):
+        alike.setdefault(begins, []).append(piece)
+    for group in sorted(alike.values(), key=len, reverse=True):
+        longest, *others = sorted(group, key=lambda piece: len(piece.ids_T), reverse=True)
+        for other in others:
+            shared = len(other.ids_T) - 1  # tokens that something is predicted from
+            if not np.array_equal(longest.ids_T[:shared], other.ids_T[:shared]):
+                return [other, longest]
+    return None
 
 
 def _find_runs(pieces: list[_Piece], beginnings: list[tuple[bytes, bytes]]) -> list[int]:

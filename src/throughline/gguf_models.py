@@ -7,6 +7,7 @@
 Another process does it, since what it needs of memory and of libraries is needed only once. It says on standard error what it does.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -58,11 +59,25 @@ def unpack(file: Path) -> Path:
     if find_spec("gguf") is None:
         raise InputError(f"{file} needs the package gguf: pip install 'throughline[gguf]'")
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", f"from {__name__} import main; main()", str(file), str(out)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
-    if done.returncode:
-        reason = done.stdout.strip().splitlines()[-1:] or ["it ended without a word"]
-        raise InputError(f"{file} cannot be read: {reason[0]}")
+    part = out.with_name(f".{out.name}.{os.getpid()}")
+    command = [sys.executable, "-c", f"from {__name__} import main; main()", str(file), str(part)]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+        if done.returncode < 0:
+            raise InputError(
+                f"{file} cannot be read: signal {-done.returncode} ended the process that did; its weights become float32, does "
+                "memory suffice?"
+            )
+        if done.returncode:
+            raise InputError(
+                f"{file} cannot be read: {(done.stdout.strip().splitlines() or ['no reason is given'])[-1]}"
+            )
+        if not (out / QUANTIZATION).is_file():  # else another process was faster
+            shutil.rmtree(out, ignore_errors=True)  # what an earlier version left half done
+            with contextlib.suppress(OSError):  # it was just now
+                part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return out
 
 
@@ -88,6 +103,7 @@ def _folder_of(file: Path) -> Path:
 
 
 def _convert(file: Path, out: Path) -> None:
+    """Write the model into the folder `out`."""
     import torch
     from gguf import GGUFReader  # an extra
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,22 +112,16 @@ def _convert(file: Path, out: Path) -> None:
     logging.set_verbosity_error()
     types = Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors)
     said = ", ".join(f"{count} {name}" for name, count in types.most_common())
-    sys.stderr.write(f"{file.name}: its tensors ({said}) are written as float32 to {out}, once\n")
+    sys.stderr.write(f"{file.name}: its tensors ({said}) are written as float32 to {out.parent}, once\n")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model.hf_quantizer, model.is_quantized = None, False  # or else transformers refuses to save
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures, model.config.dtype = [type(model).__name__], "float32"
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    (part / QUANTIZATION).write_text(json.dumps(dict(types)) + "\n")
-    shutil.rmtree(out, ignore_errors=True)  # what an earlier version left half done
-    try:
-        part.rename(out)
-    except OSError:  # another process was faster
-        shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / QUANTIZATION).write_text(json.dumps(dict(types)) + "\n")
 
 
 def main() -> None:

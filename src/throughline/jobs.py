@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from throughline.harvesting import TextSource, tokens_of_a_pass
 from throughline.journals import Journal, open_journals
 from throughline.models.bos import adds_bos, bos_token
 from throughline.pipeline.steps import is_done, train_steps
+from throughline.pools import threads_of
 from throughline.progress import JobNotes
 from throughline.records import span
 from throughline.registry import ARCHITECTURES
@@ -73,11 +75,13 @@ def train_job(session: Session, job: Job, report: Report, attempt: int = 1, rank
         raise InputError(f"{study.data.path} gave no tokens to train on")
     training = study.training.model_copy(update={"tokens": num_tokens})
     if session.context(spec.name) < study.data.context:
-        session.say(f"data.context {study.data.context} is {session.context(spec.name)} for {spec.name}")
+        session.say(
+            f"{spec.name} takes {session.context(spec.name)} tokens at once, fewer than data.context {study.data.context}"
+        )
     session.say(f"{spec.name}: {_said_of_bos(session, spec)}")
-    ignored = sorted({name for layer in layers for name in study.dictionary_for(spec).at_layer(layer).ignored})
-    if ignored:
-        session.say(f"{spec.name}: dictionary.{' and '.join(ignored)} is not read by this architecture")
+    wanted = [study.dictionary_for(spec).at_layer(layer) for layer in layers]
+    for architecture, name in sorted({(one.architecture, name) for one in wanted for name in one.ignored}):
+        session.say(f"{spec.name}: {architecture} does not read dictionary.{name}")
     by_autograd = ranks.size > 1
     blocks, begun = ranks.gather_objects(_blocks(session, spec, layers, training, by_autograd))[0]  # of one mind
     if len(blocks) > 1:
@@ -245,18 +249,18 @@ def _activations(
 def _cache_is_cheaper(session: Session, text: TextSource, bytes_on_disk: int, training: TrainingSpec) -> bool:
     """True if reading activations from disk takes less time than computing them, and they take no more than half of its room.
 
-    A look at the first batch decides; either way gives the same activations.
+    A look at the first batches decides; either way gives the same activations.
     """
     if 2 * bytes_on_disk > shutil.disk_usage(session.run.root).free:
         return False
-    batches = text.batches()
-    next(batches, None)
+    next(text.batches(), None)  # the first of a process is slow
     started = time.perf_counter()
-    second = next(batches, None)
-    if second is None:
+    batches = list(islice(text.batches(), threads_of(torch.device(session.device))))  # computed beside one another
+    num_tokens = sum(x_LND.shape[1] for x_LND in batches)
+    if not num_tokens:
         return False
     passes = training.epochs - 1
-    computing = passes * (time.perf_counter() - started) * training.tokens / max(1, second.shape[1])
+    computing = passes * (time.perf_counter() - started) * training.tokens / num_tokens
     return (1 + passes) * bytes_on_disk / DISK_BYTES_PER_SECOND < computing
 
 

@@ -72,7 +72,7 @@ def evaluate(
 ) -> list[LayerQuality]:
     """Quality of each layer's dictionary: spliced into the model on `spliced`, reconstruction on these rows and the `rest`.
 
-    `say` hears every half minute how far it is.
+    `say` hears every half minute how far splicing and ablation are, which take most of the time.
     """
     layers = list(dictionaries)
     kept: list[Harvested] | None = []
@@ -85,8 +85,8 @@ def evaluate(
         if kept is not None:
             kept.append(one)
 
-    told = _Told(say, model.name)
-    splices = _splice(model, dictionaries, spliced, take, told)
+    progress = _ProgressLines(say, model.name)
+    splices = _splice(model, dictionaries, spliced, take, progress)
     for one in _harvest(model, rest, layers):
         take(one)
     means_LD = means.result()
@@ -99,7 +99,7 @@ def evaluate(
         each = partial(_add_layer, sums, x_LND, bins_N, kinds_N)
         list(spread(each, range(len(layers)), model.device))
     again = kept = None  # ablations need the memory now
-    splice_measures = _measure_splices(model, dictionaries, means_LD, spliced, splices, told)
+    splice_measures = _measure_splices(model, dictionaries, means_LD, spliced, splices, progress)
     qualities = []
     for i, layer in enumerate(layers):
         fields = sums[i].result() | splice_measures[layer]
@@ -118,7 +118,7 @@ def evaluate(
     return qualities
 
 
-class _Told:
+class _ProgressLines:
     """Says how far an evaluation is, no more than every SAY_SECONDS."""
 
     def __init__(self, say: Callable[[str], None], name: str) -> None:
@@ -281,7 +281,7 @@ def _splice(
     dictionaries: dict[int, Dictionary],
     rows: TokenRows,
     take: Callable[[Harvested], None],
-    told: _Told,
+    progress: _ProgressLines,
 ) -> _Splices:
     """Run every batch clean, and on from each layer with x_hat in its place. `take` is given the activations of the clean pass."""
     num_rows = batch_rows(model, rows.width, 2 * len(dictionaries) + 2)
@@ -304,7 +304,7 @@ def _splice(
     splices = _Splices(
         _Spliced(), {layer: _Spliced() for layer in dictionaries}, np.repeat(rows.special[None], len(dictionaries), 0)
     )
-    batches = list(rows.batches(num_rows))
+    batches, num_predicted = list(rows.batches(num_rows)), int(predicted_tokens(rows).sum())
     with quiet_transformers():
         for i, (scores, sinks, x_LND) in enumerate(spread(run, batches, model.device)):
             take((batches[i], x_LND))
@@ -312,7 +312,7 @@ def _splice(
                 sums.add(of_one, batches[i])
             for kept_RT, sink_BT in zip(splices.kept_LRT, sinks, strict=True):
                 kept_RT[i * num_rows :][: len(sink_BT), : sink_BT.shape[1]] |= sink_BT
-            told.tick("dictionaries spliced in on", splices.clean.num_tokens, int(predicted_tokens(rows).sum()))
+            progress.tick("dictionaries spliced in on", splices.clean.num_tokens, num_predicted)
     return splices
 
 
@@ -322,11 +322,11 @@ def _measure_splices(
     means_LD: Tensor,
     rows: TokenRows,
     splices: _Splices,
-    told: _Told,
+    progress: _ProgressLines,
 ) -> dict[int, dict]:
     kept = dict(zip(dictionaries, splices.kept_LRT, strict=True))
     values = {layer: [torch.zeros_like(mean_D), mean_D] for layer, mean_D in zip(dictionaries, means_LD, strict=True)}
-    ablated = ablated_ce(model, rows, kept, values, partial(told.tick, "ablated"))
+    ablated = ablated_ce(model, rows, kept, values, partial(progress.tick, "ablation, all layers together:"))
     return {layer: _splice_measures(splices.clean, splices.with_sae[layer], *ablated[layer]) for layer in dictionaries}
 
 

@@ -20,7 +20,7 @@ GAP = 1.5  # between the largest ordinary norm and the smallest of a sink
 LEAST = 2.0  # times the median: no sink is shorter
 MOST_SHARE = 0.25  # of the tokens: more of them are no exception
 PIECE_TOKENS = 4096  # whose norms are computed at once
-BEYOND_ALL = 2.0  # times the largest norm, if there is no band: what comes later and is as long as that lies beyond one
+BEYOND_ALL = 2.0  # the limit where no band is found, as a multiple of the largest norm seen
 
 
 def find_sink_norm(x_ND: Float[Tensor, "N D"]) -> float:

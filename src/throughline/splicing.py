@@ -40,7 +40,7 @@ class CleanPass(NamedTuple):
     final_BTD: Float[Tensor, "B T D"]
 
 
-def run_clean(model: LanguageModel, rows: TokenRows, layers: Collection[int] = ()) -> CleanPass:
+def run_clean(model: LanguageModel, rows: TokenRows, layers: Collection[int]) -> CleanPass:
     """The model run with nothing replaced."""
     last = model.num_layers - 1
     inputs = model.inputs(rows.ids, rows.positions, rows.pieces)

@@ -296,7 +296,7 @@ class TrainingSpec(Section):
         description="Tokens of one step, a number or `auto`. `auto` takes about as many tokens a step as steps: the power of "
         "two that is nearest to √(tokens · epochs), from 64 to 4096. Short runs need steps, long ones even gradients.",
     )
-    # without an upper bound: what is too much shows in the loss, which ends the training as soon as it is not finite
+    # without an upper bound: what is too much shows in the loss, and the layer goes back to its last good state with a lower rate
     lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
         description="Learning rate, a number or `auto`. `auto` is 1.3e-2 · √(min(1, batch / 256)) · "

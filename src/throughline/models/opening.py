@@ -110,7 +110,7 @@ def _find(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     """Where the model is, and its configuration."""
     path = gguf_models.locate(resolve_path(spec.path))
     folder = Path(path).expanduser()
-    if (file := gguf_models.find_file(folder)) and spec.weights == "trained":
+    if file := gguf_models.find_file(folder):
         folder = gguf_models.unpack(file)
         path = str(folder)
     if is_local(path):

@@ -48,10 +48,10 @@ DEAD_AFTER_SHARE = 0.01  # of the run, whichever is less
 DEAD_AFTER_BATCHES = 8  # at least: what a few batches have no use for is not dead
 REPORT_SECONDS = 1.0
 SCALED_ON = 4096  # tokens, or as many as features, that dictionaries are initialised from
+LENGTH_FROM = 512  # of these tokens, on which the encoder's first length is found
 PIECE_TOKENS = 512  # of a chunk at a time: they stay in the cache
 SPREAD_POWER = 0.5  # 0: all coordinates have one scale; 1: each has its own
 SPREAD_FLOOR = 0.1  # of the median variance of coordinates
-LENGTH_FROM = 512  # of them, on which the encoder's first length is found
 Shape = tuple[str, int, int | None]  # architecture, features, and k where it says how many are active
 
 
@@ -116,7 +116,7 @@ def train(
     Each of several `ranks` calls this with the same arguments, and all get the same dictionaries. Rank 0 alone reports, says,
     loads and saves checkpoints, which do not tell how many ranks there were.
 
-    Raises TrainingError, on every rank, if the source yields less than one batch, or activations or a loss are not finite.
+    Raises TrainingError, on every rank, if the source yields less than one batch, or activations are not finite.
     InputError if there are more ranks than a batch has tokens.
     """
     if ranks.size > min(training.step_tokens, AUX_TOKENS):
@@ -172,6 +172,8 @@ def train(
             sinks.clean_(chunk)
     reporter.finish(step)
     failed = _describe_failures(groups, training, model)
+    trainers.clear()  # they hold the moments too
+    trainer = None
     for group in groups:
         group.moments = {}  # the dictionaries need the memory now
     folded: list[dict[int, Dictionary]] = [{} for _ in range(1 + training.ceiling_seeds)]
@@ -429,7 +431,7 @@ def _fold(group: Group, model: str, steps: int, training: TrainingSpec, sinks: S
 
 
 class _Reporter:
-    """Says once a second where training is; checks then that losses are finite."""
+    """Says once a second where training is, once every layer has been measured."""
 
     def __init__(
         self,

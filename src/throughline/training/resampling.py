@@ -31,7 +31,7 @@ LARGEST_SHARE = 0.25  # of a batch's tokens: no more features get a new directio
 
 
 def is_due(step: int, num_steps: int, k: int | None) -> bool:
-    """True at the step that completes another twentieth of the run until eight tenths of it (seven where there is a penalty).
+    """True at the first step after another twentieth of the run, until eight tenths of it (seven where there is a penalty).
 
     In a run of fewer than 480 steps, at every 24th until half of it.
     """
