@@ -135,7 +135,8 @@ def zoo_activations(study: Study, spec: ModelSpec) -> Tensor:
 
 def fvu_of(x_LND: Tensor, specs: dict[int, DictionarySpec], training: TrainingSpec) -> tuple[float, float]:
     """Mean FVU and share of dead features of the layers, on held-out tokens; infinite if a layer was given up."""
-    trained = train(ArraySource(x_LND[:, :-HELD_OUT].clone()), specs, training, model="", num_layers=len(specs))
+    source = ArraySource(x_LND[:, :-HELD_OUT].clone(), epochs=training.epochs)
+    trained = train(source, specs, training, model="", num_layers=len(specs))
     if trained.failed:
         return math.inf, 1.0
     missed, dead = [], []

@@ -341,13 +341,12 @@ def test_learning_rate_rises_holds_and_falls():
 
 def test_automatic_learning_rate():
     assert engine.learning_rate(TrainingSpec(lr=0.1), 512) == 0.1
-    small, large = TrainingSpec(batch_tokens=64), TrainingSpec(batch_tokens=256)
-    assert engine.learning_rate(large, 512) == pytest.approx(engine.LR_AT_512_FEATURES)
-    assert engine.learning_rate(small, 512) == pytest.approx(engine.learning_rate(large, 512) / 2)
-    assert engine.learning_rate(TrainingSpec(batch_tokens=4096), 512) == engine.learning_rate(large, 512)
-    assert engine.learning_rate(large, 2048) == pytest.approx(engine.learning_rate(large, 512) / 2)
+    small, large = TrainingSpec(batch_tokens=256), TrainingSpec(batch_tokens=1024)
+    assert engine.learning_rate(small, 512) == pytest.approx(engine.LR_AT_256_TOKENS_512_FEATURES)
+    assert engine.learning_rate(large, 512) == pytest.approx(2 * engine.learning_rate(small, 512))
+    assert engine.learning_rate(small, 2048) == pytest.approx(engine.learning_rate(small, 512) / 2)
     short = TrainingSpec(tokens=3 * 256, batch_tokens=256)
-    assert engine.learning_rate(short, 512) == pytest.approx(engine.learning_rate(large, 512) / 10)
+    assert engine.learning_rate(short, 512) == pytest.approx(engine.learning_rate(small, 512) / 10)
 
 
 @pytest.mark.parametrize("spec", [TOPK, SPECS["gated"]], ids=["compiled", "plain"])

@@ -299,7 +299,7 @@ class TrainingSpec(Section):
     # without an upper bound: what is too much shows in the loss, and the layer goes back to its last good state with a lower rate
     lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
-        description="Learning rate, a number or `auto`. `auto` is 1.3e-2 · √(min(1, batch / 256)) · "
+        description="Learning rate, a number or `auto`. `auto` is 1.3e-2 · √(min(batch, 4096) / 256) · "
         "√(512 / max(512, features)) · √(min(1, steps / 300)).",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(

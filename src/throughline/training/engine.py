@@ -40,8 +40,7 @@ from throughline.training.sources import ActivationSource
 from throughline.training.sparsity import SparsityController
 from throughline.training.watching import MOST_SETBACKS
 
-LR_AT_512_FEATURES = 1.3e-2
-LR_TOKENS = 256  # of a batch, from which its gradient is even enough for the longest steps
+LR_AT_256_TOKENS_512_FEATURES = 1.3e-2
 FEW_STEPS = 300
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_AFTER_SHARE = 0.01  # of the run, whichever is less
@@ -186,17 +185,16 @@ def train(
 def learning_rate(training: TrainingSpec, d_sae: int) -> float:
     """The study's learning rate, or one that suits this batch and width.
 
-    `auto`: 1.3e-2 for up to 512 features, and for more of them with the inverse square root of their number as sparsify and
-    dictionary_learning have it. Batches of fewer than 256 tokens have uneven gradients and take shorter steps, with the square root
-    of the batch; larger ones no longer steps: Adam's are as long whatever the gradient, and at 4,096 tokens twice as good with a
-    quarter of the rate (docs/quality.md). A run of fewer than 300 steps has no time to recover from steps so long, and takes
-    shorter ones.
+    `auto`: 1.3e-2 for batches of 256 tokens and up to 512 features, with the square root of the batch, and for more features
+    the inverse square root of their number as sparsify and dictionary_learning have it. A run of fewer than 300 steps has no
+    time to recover from steps so long, and takes shorter ones.
     """
     if training.lr != "auto":
         return training.lr
     few = math.sqrt(min(1.0, training.num_steps / FEW_STEPS))
-    batch = min(1.0, training.step_tokens / LR_TOKENS)
-    return few * LR_AT_512_FEATURES * math.sqrt(batch * 512 / max(d_sae, 512))
+    return (
+        few * LR_AT_256_TOKENS_512_FEATURES * math.sqrt(min(training.step_tokens, 4096) / 256 * 512 / max(d_sae, 512))
+    )
 
 
 # ---- groups
