@@ -1,5 +1,6 @@
 """Models in GGUF: what is opened is the model that was written, once; what cannot be opened is said in one line."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from throughline.study import ModelSpec
 from throughline.zoo.vocabularies import build_tokenizer
 
 gguf = pytest.importorskip("gguf")
+Q8 = gguf.GGMLQuantizationType.Q8_0
 HEADS, KV_HEADS, WIDTH, INNER, LAYERS, CONTEXT = 2, 1, 32, 64, 2, 64
 
 
@@ -41,7 +43,8 @@ def interleaved(weight: torch.Tensor, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(rows, columns).numpy()
 
 
-def write(path: Path, hf: transformers.LlamaForCausalLM, tokenizer: Any) -> None:
+def write(path: Path, hf: transformers.LlamaForCausalLM, tokenizer: Any, rounded: bool = False) -> None:
+    """The MLPs' weights as 8-bit numbers, if they are to be rounded."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(CONTEXT)
@@ -80,7 +83,12 @@ def write(path: Path, hf: transformers.LlamaForCausalLM, tokenizer: Any) -> None
     for n in range(LAYERS):
         theirs = f"model.layers.{n}."
         for name, short in plain.items():
-            writer.add_tensor(f"blk.{n}.{short}.weight", state[f"{theirs}{name}.weight"].numpy())
+            weight = state[f"{theirs}{name}.weight"].numpy()
+            if rounded and name.startswith("mlp"):
+                weight, kind = gguf.quants.quantize(weight, Q8), Q8
+            else:
+                kind = None
+            writer.add_tensor(f"blk.{n}.{short}.weight", weight, raw_dtype=kind)
         for name, short, heads in (("q_proj", "attn_q", HEADS), ("k_proj", "attn_k", KV_HEADS)):
             rows = interleaved(state[f"{theirs}self_attn.{name}.weight"], heads)
             writer.add_tensor(f"blk.{n}.{short}.weight", np.ascontiguousarray(rows))
@@ -118,12 +126,67 @@ def test_it_is_the_model_that_was_written_and_is_read_once(written, cache, monke
         torch.testing.assert_close(found, hf(ids).logits, rtol=1e-4, atol=1e-5)
         assert ("tiny.gguf: its tensors" in capfd.readouterr().err) == (number == 0)
         [made] = cache.iterdir()
-        assert seen in ({}, seen := {file.name: file.stat().st_mtime_ns for file in made.iterdir()})
+        times = {file.name: file.stat().st_mtime_ns for file in made.iterdir()}
+        assert seen == (times if number else {})
+        seen = times
         assert gguf_models.quantization_of(made) is None  # nothing was rounded
     (made / gguf_models.QUANTIZATION).write_text('{"F32": 9, "Q4_1": 7, "Q8_0": 1}')
+    assert gguf_models.quantization_of(made) == "Q4_1"  # what most of them were
+
+
+def test_rounded_weights_are_read_and_said(written, cache, tmp_path):
+    _, hf = written
+    write(tmp_path / "rounded.gguf", hf, build_tokenizer("pythia"), rounded=True)
     said: list[str] = []
-    open_model(ModelSpec(path="package:tiny", name="tiny"), say=said.append)
-    assert said == ["tiny: its weights were rounded to Q4_1 before they came here"]
+    model = open_model(ModelSpec(path=str(tmp_path / "rounded.gguf"), name="tiny"), say=said.append)
+    assert said == ["tiny: its weights were rounded to Q8_0 before they came here"]
+    expected, ids = copy.deepcopy(hf), torch.arange(1, 40)[None]
+    for name, weight in expected.named_parameters():
+        if ".mlp." in name:
+            blocks = gguf.quants.quantize(weight.detach().numpy(), Q8)
+            weight.data = torch.from_numpy(gguf.quants.dequantize(blocks, Q8))
+    found = model.run(model.inputs(ids)).logits
+    assert found is not None
+    torch.testing.assert_close(found, expected(ids).logits, rtol=1e-4, atol=1e-5)
+    assert (found - hf(ids).logits).abs().max() > 1e-4  # rounding is seen
+
+
+def test_its_architecture_with_random_weights(written, cache):
+    folder, hf = written
+    model = open_model(ModelSpec(path=str(folder / "tiny.gguf"), name="tiny", weights="random"))
+    assert (model.num_layers, model.d_model) == (LAYERS, WIDTH)
+    assert not torch.equal(model.hf.lm_head.weight, hf.lm_head.weight)
+
+
+def test_a_folder_that_another_process_finished_first_stays(written, cache, monkeypatch):
+    folder, _ = written
+    out, run = gguf_models._folder_of(folder / "tiny.gguf"), gguf_models.subprocess.run
+
+    def slower(*arguments: Any, **options: Any) -> Any:
+        done = run(*arguments, **options)
+        out.mkdir(parents=True)
+        (out / gguf_models.QUANTIZATION).write_text("{}")
+        return done
+
+    monkeypatch.setattr(gguf_models.subprocess, "run", slower)
+    assert gguf_models.unpack(folder / "tiny.gguf") == out
+    assert [file.name for file in out.iterdir()] == [gguf_models.QUANTIZATION] and list(cache.iterdir()) == [out]
+
+
+def test_a_conversion_that_is_killed_is_named_and_leaves_nothing(written, cache, monkeypatch):
+    folder, _ = written
+    kill = "import os, sys; os.makedirs(sys.argv[2]); os.kill(os.getpid(), 9)"
+    run = gguf_models.subprocess.run
+
+    def killed(command: list[str], **options: Any) -> Any:
+        return run([*command[:2], kill, *command[3:]], **options)
+
+    monkeypatch.setattr(gguf_models.subprocess, "run", killed)
+    with pytest.raises(
+        InputError, match="signal 9 ended the process that read it; as float32 its weights may be too large"
+    ):
+        gguf_models.unpack(folder / "tiny.gguf")
+    assert not list(cache.iterdir())
 
 
 def test_what_cannot_be_opened_is_said_in_one_line(written, cache, tmp_path):

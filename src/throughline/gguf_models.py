@@ -65,8 +65,8 @@ def unpack(file: Path) -> Path:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
         if done.returncode < 0:
             raise InputError(
-                f"{file} cannot be read: signal {-done.returncode} ended the process that did; its weights become float32, does "
-                "memory suffice?"
+                f"{file} cannot be read: signal {-done.returncode} ended the process that read it; as float32 its weights may be "
+                "too large for the memory"
             )
         if done.returncode:
             raise InputError(
