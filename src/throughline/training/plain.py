@@ -105,9 +105,8 @@ class PlainTrainer:
             if is_due(step, course.num_steps, group.k):
                 all_x_LND, all_error_LND = (self._ranks.gather_batch(x, N) for x in (x_LND, error_LND))
                 resample_(group, all_x_LND, all_error_LND, step, course)
-                for tensor in (
-                    group.stack.tensors().values()
-                ):  # directions that another processor whitens differ in their last bits
+                # whitened on another processor, directions differ in their last bits
+                for tensor in group.stack.tensors().values():
                     self._ranks.take_(tensor.detach(), 0)
             group.latest = Measures(loss_L, l0_L, squares[0] / squares[1], dead_LF.float().mean(1))
 
