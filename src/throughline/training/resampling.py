@@ -4,7 +4,7 @@
     2. decoder row = (x - x_hat) of the token, unit
     3. encoder row = the same direction whitened by the batch, so that it does not see what all tokens have in common, and so long
        that its projections are seven tenths of those of living rows. Rows of the error itself, as long as the living ones, had the
-       watch send a layer back three times in four runs on the zoo's gpt2 and left five times as many features dead (docs/quality.md)
+       watch send a layer back three times in four runs on the gpt2 zoo model and left five times as many dead (docs/quality.md)
     4. with a sparsity penalty, the bias lets the feature fire where the projection is more than half the token's, so that L0
        does not leap; where k is chosen the bias is 0
     5. what the optimizer remembers of these rows is forgotten; an architecture's own weights start anew
